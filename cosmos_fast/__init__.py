@@ -1,0 +1,1 @@
+"""cosmos-fast: a fast, memory-lean trainer for COSMOS vision-language models."""
