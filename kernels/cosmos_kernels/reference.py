@@ -1,0 +1,100 @@
+"""The eager oracle: what every kernel must compute, written as the formulas read.
+
+Slow and memory-hungry on purpose. Every faster implementation is tested against these functions; nothing is tuned
+here, and nothing is written a second time elsewhere.
+
+Axes: B batch, V views, L tokens, D embedding, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def infonce(a_BD: Tensor, b_BD: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of two views: half of CE(scale a b^T, diagonal) plus half of CE(scale b a^T, diagonal)."""
+    labels_B = torch.arange(a_BD.shape[0], device=a_BD.device)
+    a_to_b = F.cross_entropy(scale * a_BD @ b_BD.T, labels_B)
+    b_to_a = F.cross_entropy(scale * b_BD @ a_BD.T, labels_B)
+    return (a_to_b + b_to_a) / 2
+
+
+def multiview_infonce(a_VBD: Tensor, b_VBD: Tensor, scale: Tensor) -> Tensor:
+    """Mean of `infonce` over every pair of a view of `a` [Va, B, D] and a view of `b` [Vb, B, D]."""
+    total = a_VBD.new_zeros(())
+    for a_BD in a_VBD:
+        for b_BD in b_VBD:
+            total = total + infonce(a_BD, b_BD, scale)
+    return total / (a_VBD.shape[0] * b_VBD.shape[0])
+
+
+def cosmos_losses(
+    student_image_VBD: Tensor,
+    student_text_VBD: Tensor,
+    student_image_crossmodal_VBD: Tensor,
+    student_text_crossmodal_VBD: Tensor,
+    teacher_image_VBD: Tensor,
+    teacher_text_VBD: Tensor,
+    logit_scale: Tensor,
+    distill_logit_scale: Tensor,
+    global_image_views: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """The two terms of the COSMOS objective (arXiv 2412.01814): contrastive, and cross-modal self-distillation.
+
+    The contrastive term pairs the global image views with every caption view; the distillation term pairs every
+    cross-modal student view with every teacher view, on its own scale, the teacher detached.
+
+    Returns:
+        (clip, distill), two scalars.
+    """
+    clip = multiview_infonce(student_image_VBD[:global_image_views], student_text_VBD, logit_scale)
+    distill = clip.new_zeros(())
+    for student_VBD in (student_image_crossmodal_VBD, student_text_crossmodal_VBD):
+        for teacher_VBD in (teacher_image_VBD, teacher_text_VBD):
+            distill = distill + multiview_infonce(student_VBD, teacher_VBD.detach(), distill_logit_scale)
+    return clip, distill / 4
+
+
+def cross_attention_pool(
+    tokens_BLD: Tensor,
+    queries_BVD: Tensor,
+    *,
+    ln_q_weight: Tensor,
+    ln_q_bias: Tensor,
+    ln_k_weight: Tensor,
+    ln_k_bias: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor,
+    heads: int,
+) -> Tensor:
+    """Cross-attention pooling with one query a view: normalize(query + MHA(LN(query), LN(tokens), LN(tokens))).
+
+    Tokens are repeated for every view and projected again each time, as in the original.
+
+    Returns:
+        [B, V, D], L2-normalised.
+    """
+    batch, views, dim = queries_BVD.shape
+    keys_NLD = F.layer_norm(tokens_BLD, (dim,), ln_k_weight, ln_k_bias).repeat_interleave(views, dim=0)
+    queries_N1D = F.layer_norm(queries_BVD, (dim,), ln_q_weight, ln_q_bias).reshape(batch * views, 1, dim)
+    pooled_1ND, _ = F.multi_head_attention_forward(
+        queries_N1D.transpose(0, 1),
+        keys_NLD.transpose(0, 1),
+        keys_NLD.transpose(0, 1),
+        embed_dim_to_check=dim,
+        num_heads=heads,
+        in_proj_weight=in_proj_weight,
+        in_proj_bias=in_proj_bias,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=out_proj_weight,
+        out_proj_bias=out_proj_bias,
+        need_weights=False,
+    )
+    return F.normalize(queries_BVD + pooled_1ND.view(batch, views, dim), dim=-1)
