@@ -1,1 +1,34 @@
-"""config."""
+"""Frozen, keyword-only dataclasses that decide a run, and their YAML form."""
+
+from cosmos_fast.config.data import CropConfig, DataConfig, SourceConfig, ViewsConfig
+from cosmos_fast.config.load import dotted_names, dump_config, load_config
+from cosmos_fast.config.model import NAMED_MODELS, ModelConfig, TextConfig, VisionConfig, named_model
+from cosmos_fast.config.train import (
+    EmaConfig,
+    EvaluateConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "NAMED_MODELS",
+    "CropConfig",
+    "DataConfig",
+    "EmaConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TextConfig",
+    "TrainConfig",
+    "ViewsConfig",
+    "VisionConfig",
+    "dotted_names",
+    "dump_config",
+    "load_config",
+    "named_model",
+]

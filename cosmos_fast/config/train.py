@@ -1,0 +1,152 @@
+"""A whole training run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cosmos_fast.config.checks import (
+    require,
+    require_choice,
+    require_multiple,
+    require_not_negative,
+    require_positive,
+)
+from cosmos_fast.config.data import DataConfig, SourceConfig
+from cosmos_fast.config.model import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. lr: peak learning rate. weight_decay: decoupled. clip_norm: limit of the global gradient norm, or None."""
+
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.5
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", self, "lr", "eps")
+        require_not_negative("optimizer", self, "weight_decay")
+        require(all(0.0 <= b < 1.0 for b in self.betas), f"optimizer.betas is {self.betas}: each lies in [0, 1)")
+        if self.clip_norm is not None:
+            require_positive("optimizer", self, "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Linear warm-up over warmup_steps optimizer steps, then half a cosine down to 0 at the last step."""
+
+    warmup_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        require_not_negative("schedule", self, "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The teacher: teacher <- decay * teacher + (1 - decay) * student, each step; "cosine" raises decay to 1."""
+
+    decay: float = 0.999
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.decay <= 1.0, f"ema.decay is {self.decay}: it lies between 0 and 1")
+        require_choice("ema.schedule", self.schedule, ("constant", "cosine"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, on what, and what is written.
+
+    out_dir: parent of the run folder `<out_dir>/<name>`. epochs: passes over the data; max_steps, where set, replaces
+    it (optimizer steps; the schedules span it). batch_size: samples a rank and micro-batch. accumulate_steps:
+    micro-batches an optimizer step, each with its own negatives. world_size_hint: ranks the recipe was published with
+    (0: any). threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a
+    checkpoint is always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row
+    with NaN or Inf before the run stops.
+    """
+
+    out_dir: str = "runs"
+    epochs: float | None = 32
+    max_steps: int | None = None
+    batch_size: int = 64
+    accumulate_steps: int = 1
+    world_size_hint: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    log_every_steps: int = 20
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    evaluate_every_steps: int = 0
+    max_nonfinite_steps: int = 10
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("batch_size", "accumulate_steps", "log_every_steps", "keep_checkpoints", "max_nonfinite_steps")
+        require_positive("run", self, *positive)
+        require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
+        require_choice("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        for name in ("epochs", "max_steps", "threads"):
+            if getattr(self, name) is not None:
+                require_positive("run", self, name)
+        require(
+            self.epochs is not None or self.max_steps is not None,
+            "run.epochs and run.max_steps are both empty: set one to say when training ends",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Held-out retrieval during training.
+
+    data: sources to evaluate on, None evaluates nothing. batch_size: samples a forward. max_samples: evaluate the first
+    so many only.
+    """
+
+    data: tuple[SourceConfig, ...] | None = None
+    batch_size: int = 64
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        require_positive("evaluate", self, "batch_size")
+        if self.max_samples is not None:
+            require_positive("evaluate", self, "max_samples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. name: of the run folder. seed: of weights, data order and augmentation."""
+
+    name: str
+    objective: Literal["cosmos", "clip"] = "cosmos"
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", self.name) is not None,
+            f"name is {self.name!r}: it names a folder, use letters, digits and . _ + = -",
+        )
+        require_choice("objective", self.objective, ("cosmos", "clip"))
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}: use 0 to 2**63 - 1")
+        if self.objective == "cosmos":
+            require(self.model.crossmodal, "objective 'cosmos' needs the poolers: set model.crossmodal=true")
+        else:
+            require(
+                not self.model.crossmodal, "objective 'clip' leaves the poolers untrained: set model.crossmodal=false"
+            )
+        if self.data.views.local_crops:
+            patch_size = self.model.vision.patch_size
+            local = self.data.views.local_image_size
+            require_multiple("data.views.local_image_size", local, "model.vision.patch_size", patch_size)
