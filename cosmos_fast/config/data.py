@@ -58,7 +58,7 @@ class ViewsConfig:
     """Image crops and captions of a sample, globals first; the teacher sees the globals only.
 
     local_image_size: side of a local crop, pixels (a global crop has the model's image_size). *_scale: range of the
-    share of the image area that a crop covers. jitter: strengths of brightness, contrast, saturation, hue. *_p: probabilities;
+    share of the image area that a crop covers. jitter: brightness, contrast, saturation, hue. *_p: probabilities;
     global_blur_p and global_solarize_p hold one value a global crop, the last one repeats. max_sentences: a global
     caption joins 1 to this many sentences.
     """

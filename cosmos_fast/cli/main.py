@@ -1,0 +1,71 @@
+"""The `cosmos-fast` command: finds sub-commands, and turns errors into one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from cosmos_fast.cli.lazy import LazyGroup
+from cosmos_fast.utils.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def _version() -> str:
+    try:
+        return version("cosmos-fast")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+command = LazyGroup(
+    "cosmos-fast",
+    package="cosmos_fast.cli",
+    summaries={
+        "train": "Train COSMOS or plain CLIP on image-caption shards.",
+        "eval": "Retrieval, classification, segmentation, and the report.",
+        "data": "Make, index and inspect shards.",
+        "bench": "Measure an operation or a whole step.",
+        "export": "Write weights in another format.",
+        "doctor": "Show what this machine can run, and why.",
+    },
+    help="Train and use COSMOS vision-language models. Exit status: 0 success, 2 a mistake in input, 130 interrupted.",
+)
+command = click.version_option(_version(), prog_name="cosmos-fast")(command)
+
+
+def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str = "cosmos-fast") -> int:
+    """Run a command; returns the exit status. COSMOS_DEBUG=1 adds the traceback of a user's mistake."""
+    try:
+        status = entry.main(args=arguments, prog_name=name, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except UserError as error:
+        if os.environ.get("COSMOS_DEBUG") == "1":
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): point stdout elsewhere so that closing it does not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def main() -> None:
+    """Console entry point."""
+    sys.exit(run(command))
+
+
+if __name__ == "__main__":
+    main()
