@@ -1,0 +1,1 @@
+"""Benchmarks of a checkout: every ratio is measured against the eager port of the original in `eager_cosmos`."""
