@@ -1,0 +1,86 @@
+"""Image-caption retrieval: ranks, R@k, mean and median rank, in both directions.
+
+Axis legend: N images, M captions, D embed. Every caption belongs to one image; an image may own several captions.
+
+Protocol: features are L2-normalised, the score is their cosine. Image -> text counts the best placed of an image's own
+captions; text -> image looks for the one image of a caption. Ranks start at 1. **Ties count against the model**: an
+item of another owner with exactly the same score is placed ahead, so features that collapse to a point score 0, not
+100. For the same reason the comparisons below are written `not (score < own)`: NaN features come last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RECALL_AT = (1, 5, 10)
+# A block of scores holds at most this many floats (16 MiB), however large the gallery is.
+BLOCK_ELEMENTS = 4 * 1024 * 1024
+
+
+def image_to_text_ranks(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> Tensor:
+    """Rank of the best own caption of each image among all M captions.
+
+    Args:
+        image_ND: float features, normalised.
+        text_MD: float features, normalised.
+        owner_M: int64, the image index of each caption; every image owns at least one.
+
+    Returns:
+        int64 [N], 1 = a caption of the image's own comes first.
+    """
+    _check_owners(len(image_ND), text_MD, owner_M)
+    step = max(1, BLOCK_ELEMENTS // max(1, len(text_MD)))
+    ranks = []
+    for start in range(0, len(image_ND), step):
+        scores_BM = image_ND[start : start + step] @ text_MD.T
+        index_B = torch.arange(start, start + len(scores_BM), device=owner_M.device)
+        own_BM = owner_M[None, :] == index_B[:, None]
+        best_B = scores_BM.masked_fill(~own_BM, -torch.inf).amax(dim=1)
+        ahead_B = (~(scores_BM < best_B[:, None]) & ~own_BM).sum(dim=1)
+        ranks.append(ahead_B + 1)
+    return torch.cat(ranks)
+
+
+def text_to_image_ranks(text_MD: Tensor, image_ND: Tensor, owner_M: Tensor) -> Tensor:
+    """Rank of each caption's image among all N images; int64 [M], 1 = first. Arguments as `image_to_text_ranks`."""
+    _check_owners(len(image_ND), text_MD, owner_M)
+    step = max(1, BLOCK_ELEMENTS // max(1, len(image_ND)))
+    ranks = []
+    for start in range(0, len(text_MD), step):
+        scores_BN = text_MD[start : start + step] @ image_ND.T
+        ranks.append(ranks_of_targets(scores_BN, owner_M[start : start + step]))
+    return torch.cat(ranks)
+
+
+def ranks_of_targets(scores_BC: Tensor, target_B: Tensor) -> Tensor:
+    """Rank (1 = first) of column `target_B` in each row; columns that tie with it are placed ahead of it."""
+    own_B1 = scores_BC.gather(1, target_B[:, None])
+    # The target ties with itself, which makes the count start at 1.
+    return (~(scores_BC < own_B1)).sum(dim=1)
+
+
+def rank_metrics(ranks: Tensor, prefix: str) -> dict[str, float]:
+    """`{prefix}_r1`, `_r5`, `_r10` in percent, `{prefix}_mean_rank`, `{prefix}_median_rank` (midpoint when even)."""
+    ranks = ranks.double()
+    metrics = {f"{prefix}_r{k}": 100.0 * (ranks <= k).double().mean().item() for k in RECALL_AT}
+    metrics[f"{prefix}_mean_rank"] = ranks.mean().item()
+    metrics[f"{prefix}_median_rank"] = ranks.quantile(0.5).item() if len(ranks) < 1_000_000 else ranks.median().item()
+    return metrics
+
+
+def retrieval_metrics(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> dict[str, float]:
+    """All retrieval numbers of one feature set: keys `i2t_r1`, ..., `t2i_median_rank`."""
+    return {
+        **rank_metrics(image_to_text_ranks(image_ND, text_MD, owner_M), "i2t"),
+        **rank_metrics(text_to_image_ranks(text_MD, image_ND, owner_M), "t2i"),
+    }
+
+
+def _check_owners(images: int, text_MD: Tensor, owner_M: Tensor) -> None:
+    if len(owner_M) != len(text_MD):
+        raise ValueError(f"{len(text_MD)} captions but {len(owner_M)} owners: give one image index per caption")
+    if images == 0 or len(torch.unique(owner_M)) != images or int(owner_M.min()) < 0 or int(owner_M.max()) >= images:
+        raise ValueError(
+            f"every one of the {images} images must own at least one caption, and no other index may occur"
+        )

@@ -1,0 +1,180 @@
+"""Zero-shot segmentation: what each patch says about each class text, window by window, and mean IoU.
+
+Axis legend: B windows, P patches, D embed, S synonyms, C classes, H, W pixels.
+
+Protocol, as COSMOS evaluates it: patch tokens after `ln_post` and `proj`, cosine with the text feature of each synonym; a
+window of the training size slides with stride half of it over the image (short side 1.5 windows); each window's map is
+enlarged bilinearly, overlaps are averaged, the whole is resized to the image, multiplied by 40, softmax over all
+synonyms, maximum over the synonyms of a class, argmax. Without a probability threshold the last four steps pick the class
+of the synonym with the largest cosine: the softmax keeps the order and its denominator is common to a pixel. So it is not
+formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORE = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationProtocol:
+    """Fixed numbers of the protocol. `short_side` is in windows: 336 px for a window of 224 px in the paper."""
+
+    short_side: float = 1.5
+    stride: float = 0.5
+    batch_size: int = 256
+
+
+def confusion_matrix(predicted: Tensor, target: Tensor, classes: int, ignore: int = IGNORE) -> Tensor:
+    """int64 [C, C]: entry [t, p] counts pixels of class t called p; both int maps of one shape, `ignore` left out."""
+    keep = target != ignore
+    pairs = target[keep].long() * classes + predicted[keep].long()
+    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
+
+
+def class_iou(confusion_CC: Tensor) -> Tensor:
+    """IoU of each class, float64 [C]; NaN where a class is neither present nor predicted."""
+    confusion = confusion_CC.double()
+    hit = confusion.diagonal()
+    return hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def mean_iou(confusion_CC: Tensor) -> float:
+    """Mean IoU in percent over the classes that are present or predicted somewhere."""
+    return 100.0 * class_iou(confusion_CC).nanmean().item()
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Offsets of windows that cover `length` (>= window); the last one is moved back to end at the border."""
+    assert length >= window
+    steps = -(-(length - window) // stride) + 1
+    return [min(index * stride, length - window) for index in range(steps)]
+
+
+def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Shape with the short side `short_side` and the aspect kept, never below it after rounding."""
+    factor = short_side / min(height, width)
+    return max(short_side, round(height * factor)), max(short_side, round(width * factor))
+
+
+@dataclass(frozen=True)
+class _Window:
+    image: int
+    top: int
+    left: int
+    pixels_3HW: Tensor
+
+
+def _windows(image: int, pixels_3HW: Tensor, size: int, stride: int) -> Iterator[_Window]:
+    for top in window_starts(pixels_3HW.shape[1], size, stride):
+        for left in window_starts(pixels_3HW.shape[2], size, stride):
+            yield _Window(image, top, left, pixels_3HW[:, top : top + size, left : left + size])
+
+
+@dataclass
+class _Canvas:
+    """Sum of the window maps of one image, and how many windows covered each pixel."""
+
+    sum_SHW: Tensor
+    count_HW: Tensor
+    missing: int
+
+    def add(self, top: int, left: int, cosine_SHW: Tensor) -> None:
+        size = cosine_SHW.shape[-1]
+        self.sum_SHW[:, top : top + size, left : left + size] += cosine_SHW
+        self.count_HW[top : top + size, left : left + size] += 1
+        self.missing -= 1
+
+
+@torch.no_grad()
+def sliding_cosines(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    text_SD: Tensor,
+    *,
+    window: int,
+    csa: bool,
+    protocol: SegmentationProtocol,
+) -> Iterator[Tensor]:
+    """Cosine maps float32 [S, h, w] of each image [3, h, w] (short side >= window), in order.
+
+    Windows of consecutive images share batches; an image's map is yielded as soon as its last window is in.
+    """
+    stride = max(1, round(window * protocol.stride))
+    device = next(model.parameters()).device
+    canvases: dict[int, _Canvas] = {}
+    waiting: list[_Window] = []
+    next_image = 0
+
+    def flush() -> None:
+        pixels_B3HW = torch.stack([part.pixels_3HW for part in waiting]).to(device)
+        for part, cosine_SHW in zip(waiting, dense_cosines(model, pixels_B3HW, text_SD, csa=csa), strict=True):
+            canvases[part.image].add(part.top, part.left, cosine_SHW)
+        waiting.clear()
+
+    for index, pixels_3HW in enumerate(images):
+        parts = list(_windows(index, pixels_3HW, window, stride))
+        shape = pixels_3HW.shape[1:]
+        canvases[index] = _Canvas(
+            torch.zeros(len(text_SD), *shape, device=device), torch.zeros(shape, device=device), len(parts)
+        )
+        for part in parts:
+            waiting.append(part)
+            if len(waiting) == protocol.batch_size:
+                flush()
+        while next_image in canvases and canvases[next_image].missing == 0:
+            done = canvases.pop(next_image)
+            yield done.sum_SHW / done.count_HW
+            next_image += 1
+    if waiting:
+        flush()
+    for index in sorted(canvases):
+        yield canvases[index].sum_SHW / canvases[index].count_HW
+
+
+@torch.no_grad()
+def dense_cosines(model: nn.Module, pixels_B3HW: Tensor, text_SD: Tensor, *, csa: bool) -> Tensor:
+    """Cosine of every patch with every text, enlarged bilinearly to the window: float32 [B, S, H, W]."""
+    size = pixels_B3HW.shape[-1]
+    patches_BPD = functional.normalize(model.encode_image_dense(pixels_B3HW, csa=csa).float(), dim=-1)  # type: ignore[operator]
+    side = round(patches_BPD.shape[1] ** 0.5)
+    cosine_BSP = (patches_BPD @ text_SD.T).transpose(1, 2)
+    grid_BShw = cosine_BSP.reshape(len(pixels_B3HW), len(text_SD), side, side)
+    return functional.interpolate(grid_BShw, size=(size, size), mode="bilinear", align_corners=False)
+
+
+def segment(
+    model: nn.Module,
+    images: Iterable[tuple[Tensor, tuple[int, int]]],
+    text_SD: Tensor,
+    class_S: Tensor,
+    *,
+    window: int,
+    csa: bool,
+    protocol: SegmentationProtocol,
+    on_done: Callable[[], None] = lambda: None,
+) -> Iterator[Tensor]:
+    """Label maps uint8 [h, w] at each image's own size, in order.
+
+    Args:
+        images: normalised pixels [3, h', w'] (already at the protocol's short side), each with the wanted shape (h, w).
+        text_SD, class_S: from `prompts.synonym_features`.
+    """
+    shapes: list[tuple[int, int]] = []
+
+    def pixels() -> Iterator[Tensor]:
+        for pixels_3HW, shape in images:
+            shapes.append(shape)
+            yield pixels_3HW
+
+    maps = sliding_cosines(model, pixels(), text_SD, window=window, csa=csa, protocol=protocol)
+    for index, cosine_SHW in enumerate(maps):
+        resized = functional.interpolate(cosine_SHW[None], size=shapes[index], mode="bilinear", align_corners=False)[0]
+        yield class_S[resized.argmax(dim=0)].to(torch.uint8).cpu()
+        on_done()

@@ -1,0 +1,91 @@
+"""Prompt ensembles and top-k accuracy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from cosmos_fast.evaluate.chance import classification_chance
+from cosmos_fast.evaluate.classification import top_k_accuracy
+from cosmos_fast.evaluate.prompts import ClassSet, class_features, encode_texts, ensemble, synonym_features
+from cosmos_fast.utils.errors import UserError
+
+
+class LetterModel(nn.Module):
+    """Text feature = counts of the letters a to h, so that every expectation can be worked out by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.batches: list[int] = []
+
+    def encode_text(self, tokens: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        self.batches.append(len(tokens))
+        features = tokens.float() * self.scale
+        return nn.functional.normalize(features, dim=-1) if normalize else features
+
+
+def letters(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[text.count(letter) for letter in "abcdefgh"] for text in texts])
+
+
+CLASSES = ClassSet("toy", ("ab", "c"), (("ab", "ba"), ("c",)), ("{}", "{}ddd", "h{}"))
+
+
+def test_ensemble_is_normalise_mean_normalise() -> None:
+    prompts = torch.tensor([[3.0, 0.0], [0.0, 0.5]])
+    assert torch.allclose(ensemble(prompts), torch.tensor([0.5**0.5, 0.5**0.5]))
+
+
+def test_class_features_average_all_wordings_and_templates_in_order() -> None:
+    features = class_features(LetterModel(), CLASSES, letters)
+    for row, synonyms in zip(features, CLASSES.synonyms, strict=True):
+        prompts = [t.replace("{}", s) for s in synonyms for t in CLASSES.templates]
+        mean = normalize(letters(prompts).float(), dim=-1).mean(0)
+        assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
+
+
+def test_synonym_features_keep_wordings_apart() -> None:
+    features, owner = synonym_features(LetterModel(), CLASSES, letters)
+    assert owner.tolist() == [0, 0, 1]
+    assert torch.allclose(features[0], features[1])  # "ab" and "ba" have the same letters
+    assert torch.allclose(features.norm(dim=-1), torch.ones(3))
+    assert not torch.allclose(features[0], features[2])
+
+
+def test_texts_come_back_in_order_and_repeats_are_encoded_once() -> None:
+    model = LetterModel()
+    texts = ["aaaa", "b", "aaaa", "cc", "b", "hgfe"]
+    features = encode_texts(model, texts, letters)
+    assert torch.allclose(features, normalize(letters(texts).float(), dim=-1))
+    assert model.batches == [4]
+
+
+@pytest.mark.parametrize(
+    ("classes", "synonyms", "templates"),
+    [((), (), ("{}",)), (("a",), ((),), ("{}",)), (("a",), (("a",),), ("photo",)), (("a",), (("a",),), ())],
+)
+def test_unusable_class_sets_are_refused(classes: tuple, synonyms: tuple, templates: tuple) -> None:
+    with pytest.raises(UserError, match="toy"):
+        ClassSet("toy", classes, synonyms, templates)
+
+
+def test_top_k_equals_sorting_without_ties() -> None:
+    generator = torch.Generator().manual_seed(1)
+    image, text = torch.randn(60, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    label = torch.randint(0, 9, (60,), generator=generator)
+    order = (image @ text.T).argsort(dim=1, descending=True)
+    expected = {f"top{k}": 100 * sum(label[i] in order[i, :k] for i in range(60)) / 60 for k in (1, 5)}
+    assert top_k_accuracy(image, text, label) == pytest.approx(expected)
+
+
+def test_a_tie_is_not_a_hit() -> None:
+    image, text = torch.ones(1, 2), torch.ones(3, 2)
+    assert top_k_accuracy(image, text, torch.tensor([0]), ks=(1, 2, 3)) == {"top1": 0.0, "top2": 0.0, "top3": 100.0}
+
+
+def test_chance_is_k_in_c() -> None:
+    assert classification_chance(8) == {"top1": 12.5, "top5": 62.5}
+    assert classification_chance(3) == {"top1": pytest.approx(100 / 3), "top5": 100.0}
