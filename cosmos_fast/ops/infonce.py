@@ -68,9 +68,7 @@ def multiview_infonce(
 
 class _TiledInfoNCE(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_VBD: Tensor, y_VBD: Tensor, scale: Tensor, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, x_VBD: Tensor, y_VBD: Tensor, scale: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         dtype = torch.float64 if x_VBD.dtype == torch.float64 else torch.float32
         rows_VBD = x_VBD.detach().to(dtype).contiguous()
         columns_VGD, offset = _gather_columns(y_VBD.detach().to(dtype).contiguous(), group)

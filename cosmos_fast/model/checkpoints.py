@@ -1,0 +1,106 @@
+"""Load a model from a file: our checkpoints, released COSMOS `.pt`, OpenCLIP `.pt` and `.safetensors`.
+
+Nothing is unpickled beyond tensors and plain containers (`torch.load(weights_only=True)`).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cosmos_fast.config import ModelConfig
+from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.model.weights import infer_config, strip_module_prefix
+from cosmos_fast.utils.errors import UserError
+
+FORMAT = "cosmos-fast/1"
+WeightsOf = Literal["teacher", "student"]
+
+
+def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosModel:
+    """A model in evaluation mode, on the CPU.
+
+    Args:
+        path: a run folder (its newest complete checkpoint is taken), a checkpoint folder, a `.safetensors` file, or a
+            `.pt` file of COSMOS or OpenCLIP.
+        weights: which of the two models of a COSMOS checkpoint; a file that holds one model gives that one.
+
+    Raises:
+        UserError: no such file, not a checkpoint, damaged, or weights of another architecture.
+    """
+    if weights not in ("teacher", "student"):
+        raise UserError(f"weights is {weights!r}: choose 'teacher' or 'student'")
+    file = find_weights_file(Path(path), weights)
+    state_dict, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, weights)
+    model = CosmosModel(config or infer_config(state_dict))
+    try:
+        model.load_reference_state_dict(state_dict)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return model.eval()
+
+
+def find_weights_file(path: Path, weights: WeightsOf) -> Path:
+    """The file that holds the weights a path stands for."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist")
+    folder = path
+    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
+        root = path if path.name == "checkpoints" else path / "checkpoints"
+        complete = sorted(step for step in root.glob("step_*") if (step / "manifest.json").is_file())
+        if not complete:
+            raise UserError(f"run folder {path} holds no complete checkpoint yet")
+        folder = complete[-1]
+    file = folder / f"{weights}.safetensors"
+    if not file.is_file():
+        held = ", ".join(sorted(found.name for found in folder.glob("*.safetensors"))) or "no weights"
+        raise UserError(f"{folder} has no {file.name} (it holds {held})")
+    return file
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or no safetensors file ({error})") from None
+    if metadata.get("format") != FORMAT:
+        return strip_module_prefix(tensors), None
+    return tensors, ModelConfig.from_openclip(json.loads(metadata["model"]))
+
+
+def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{file} holds objects other than tensors and is not loaded: unpickling it could run foreign code"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from None
+    return strip_module_prefix(_select(content, weights, file)), None
+
+
+def _select(content: Any, weights: WeightsOf, file: Path) -> Mapping[str, Tensor]:
+    """The state dict inside a checkpoint: COSMOS keeps `student` and `teacher`, OpenCLIP `state_dict`."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected a dict of weights")
+    for key in (weights, "state_dict"):
+        if isinstance(content.get(key), Mapping):
+            return content[key]
+    if "student" in content or "teacher" in content:
+        raise UserError(f"{file} holds no {weights} weights (keys: {', '.join(map(str, list(content)[:6]))})")
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    raise UserError(f"{file} holds no weights (keys: {', '.join(map(str, list(content)[:6])) or 'none'})")

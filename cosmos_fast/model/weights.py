@@ -1,0 +1,78 @@
+"""State dicts by the original's names: tell what is missing, and read an architecture off the shapes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_fast.utils.errors import UserError
+
+HEADS_OF_WIDTH = 64  # CLIP's head width wherever a checkpoint does not say
+
+
+def strip_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the `module.` that data-parallel wrappers put in front."""
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+
+
+def check_state_dict(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raise a UserError that names what is missing, unknown or of another shape."""
+    problems = []
+    missing = [name for name in expected if name not in given]
+    unknown = [name for name in given if name not in expected]
+    misshapen = [
+        f"{name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    for label, names in (("missing", missing), ("unknown", unknown), ("wrong shape", misshapen)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            problems.append(f"{label}: {', '.join(names[:4])}{more}")
+    if problems:
+        raise UserError(f"weights do not fit this architecture ({'; '.join(problems)})")
+
+
+def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
+    """The architecture that a state dict under the original's names belongs to.
+
+    Shapes tell everything but the number of heads; CLIP's 64 channels a head are assumed, as in all released weights.
+
+    Raises:
+        UserError: the tensors are not those of a CLIP or COSMOS model.
+    """
+    needed = ("visual.conv1.weight", "visual.positional_embedding", "positional_embedding", "token_embedding.weight",
+              "text_projection")  # fmt: skip
+    absent = [name for name in needed if name not in state_dict]
+    if absent:
+        raise UserError(f"not the weights of a CLIP or COSMOS model: {', '.join(absent)} missing")
+    conv, positions = state_dict["visual.conv1.weight"], state_dict["visual.positional_embedding"]
+    width, _, patch, _ = conv.shape
+    grid = round((positions.shape[0] - 1) ** 0.5)
+    context, text_width = state_dict["positional_embedding"].shape
+    return ModelConfig(
+        embed_dim=state_dict["text_projection"].shape[1],
+        vision=VisionConfig(
+            image_size=grid * patch,
+            patch_size=patch,
+            width=width,
+            layers=_count_blocks(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
+            head_width=HEADS_OF_WIDTH,
+        ),
+        text=TextConfig(
+            context_length=context,
+            vocab_size=state_dict["token_embedding.weight"].shape[0],
+            width=text_width,
+            heads=max(1, text_width // HEADS_OF_WIDTH),
+            layers=_count_blocks(state_dict, r"transformer\.resblocks\.(\d+)\."),
+        ),
+        crossmodal="image_token_mapping.weight" in state_dict,
+    )
+
+
+def _count_blocks(state_dict: Mapping[str, Tensor], pattern: str) -> int:
+    numbers = {int(match.group(1)) for name in state_dict if (match := re.match(pattern, name))}
+    return len(numbers)
