@@ -1,0 +1,4 @@
+"""Synthetic scenes with captions and masks.
+
+scene (what there is) -> render (pixels) and captions (language) -> writer (shards).
+"""
