@@ -17,11 +17,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import torch
-from cosmos_kernels import native
-from cosmos_kernels.native import AdamwEmaOptions
 from torch import Tensor
 
 from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_kernels import native
+from cosmos_kernels.native import AdamwEmaOptions
 
 TensorLists = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None]
 
@@ -104,19 +104,15 @@ def _check(lists: TensorLists) -> None:
 
 
 def _run_eager(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
-    params, grads, exp_avgs, exp_avg_sqs, ema_params = (None if group is None else list(group) for group in lists)
-    assert params is not None
-    assert grads is not None
-    assert exp_avgs is not None
-    assert exp_avg_sqs is not None
-    o = options
+    params, grads, exp_avgs, exp_avg_sqs = (list(group) for group in lists[:4])
+    ema_params, o = lists[4], options
     if ema_params is not None:
         for dtype in {tensor.dtype for tensor in ema_params}:
             chosen = [i for i, tensor in enumerate(ema_params) if tensor.dtype == dtype]
             old = [params[i].to(dtype) for i in chosen]
             torch._foreach_lerp_([ema_params[i] for i in chosen], old, 1.0 - o.ema_decay)
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-        grads = torch._foreach_mul(grads, grad_scale)  # a copy: the caller's gradients stay as they are
+        grads = list(torch._foreach_mul(grads, grad_scale))  # a copy: the caller's gradients stay as they are
     if o.weight_decay != 0.0:
         torch._foreach_mul_(params, 1.0 - o.lr * o.weight_decay)
     torch._foreach_lerp_(exp_avgs, grads, 1.0 - o.beta1)
@@ -180,6 +176,6 @@ register(
     Backend("adamw_ema", "cuda", _run_cuda, "csrc, one pass over memory", _no_cuda, _why_not_cuda),
     Backend("adamw_ema", "native", _run_native, "csrc, one pass over memory, OpenMP", _no_native, _why_not_native),
     Backend("adamw_ema", "eager", _run_eager, "torch foreach; any device, dtype, layout"),
-    Backend("grad_norm", "native", _norm_native, "csrc, one read, same bits for any thread count", _no_native, _why_not_native),
+    Backend("grad_norm", "native", _norm_native, "csrc, one read, any number of threads", _no_native, _why_not_native),
     Backend("grad_norm", "eager", _norm_eager, "torch foreach; any device and dtype"),
 )
