@@ -99,7 +99,9 @@ def _bricks(rng: np.random.Generator, width: int, height: int) -> FloatImage:
 def _night_sky(rng: np.random.Generator, width: int, height: int) -> FloatImage:
     _, y = _axes(width, height)
     top, low = np.array((12, 14, 42), np.float32), np.array((44, 38, 88), np.float32)
-    picture: FloatImage = top + (low - top) * (y / height)[..., None] + np.zeros((height, width, 3), np.float32)
+    picture: FloatImage = (
+        top + (low - top) * (y * np.float32(1 / height))[..., None] + np.zeros((height, width, 3), np.float32)
+    )
     picture += 10 * _crop(rng, _smooth_noise(), width, height)[..., None]
     count = int(width * height * rng.uniform(0.0035, 0.006))
     xs, ys = rng.integers(1, width - 1, count), rng.integers(1, height - 1, count)

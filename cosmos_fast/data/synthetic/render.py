@@ -120,9 +120,13 @@ def _layers(
     shape_pen, edge_pen = ImageDraw.Draw(shape), ImageDraw.Draw(edge)
     line = max(round(SUPERSAMPLE * max(0.9, 0.07 * item.radius)) * 2, 2)  # half of it lies outside the shape
     for hole, contour in enumerate(_CONTOURS[item.shape]):
-        points = [tuple(p) for p in (contour @ turn * (item.radius * SUPERSAMPLE) + middle)]
+        corners = contour @ turn * (item.radius * SUPERSAMPLE) + middle
+        points: list[float] = corners.ravel().tolist()
         shape_pen.polygon(points, fill=0 if hole else 255)
-        edge_pen.line([*points, points[0], points[1]], fill=255, width=line, joint="curve")
+        edge_pen.line(points + points[:2], fill=255, width=line)
+        if len(corners) < 20:  # lines leave notches at sharp corners
+            for x, y in corners.tolist():
+                edge_pen.ellipse((x - line / 2, y - line / 2, x + line / 2, y + line / 2), fill=255)
     return shape, edge, _texture(item, size, middle, rng)
 
 
@@ -130,18 +134,21 @@ def _texture(item: SceneObject, size: int, middle: Points, rng: np.random.Genera
     """Where the second tone goes, 8-bit, SUPERSAMPLE times the size."""
     if item.texture == "plain":
         return Image.new("L", (size, size))
-    period = np.float32(max(SUPERSAMPLE * item.radius * 0.5, SUPERSAMPLE * 5.0))
+    # u, v: position along the pattern's two axes in 1/256 of a period, so that its phase is a matter of bits.
+    scale = {"striped": 256.0, "dotted": 282.0, "checkered": 160.0}[item.texture]
+    scale /= max(SUPERSAMPLE * item.radius * 0.5, SUPERSAMPLE * 5.0)
     angle = rng.uniform(-0.35, 0.35) + (np.pi / 4 if item.texture == "striped" else 0)
-    x = (np.arange(size, dtype=np.float32) - np.float32(middle[0])) / period
-    y = (np.arange(size, dtype=np.float32) - np.float32(middle[1])) / period
-    cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    u = (x * cos)[None] + (y * sin)[:, None]
+    cos, sin = np.float32(np.cos(angle) * scale), np.float32(np.sin(angle) * scale)
+    x = np.arange(size, dtype=np.float32) - np.float32(middle[0])
+    y = np.arange(size, dtype=np.float32) - np.float32(middle[1])
+    u = ((x * cos)[None] + (y * sin)[:, None]).astype(np.int16)
     if item.texture == "striped":
-        return _binary(u % 1 < 0.5)
-    v = (y * cos)[:, None] - (x * sin)[None]
+        return _binary((u & 128) == 0)
+    v = ((y * cos)[:, None] - (x * sin)[None]).astype(np.int16)
     if item.texture == "checkered":
-        return _binary((np.floor(u * 1.25) + np.floor(v * 1.25)) % 2 == 0)
-    return _binary(((u * 1.1) % 1 - 0.5) ** 2 + ((v * 1.1) % 1 - 0.5) ** 2 < 0.085)
+        return _binary(((u ^ v) & 128) == 0)
+    u, v = (u & 255) - np.int16(128), (v & 255) - np.int16(128)
+    return _binary(u * u + v * v < 5600)
 
 
 def _binary(where: npt.NDArray[np.bool_]) -> Image.Image:
