@@ -46,6 +46,22 @@ def dump_config(config: TrainConfig) -> str:
     return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True, width=100)
 
 
+def flatten_config(config: TrainConfig) -> dict[str, Any]:
+    """Dotted key -> value, for every key that is not a section."""
+    flat: dict[str, Any] = {}
+
+    def visit(section: Any, prefix: str) -> None:
+        for name in _hints(type(section)):
+            value = getattr(section, name)
+            if is_dataclass(value):
+                visit(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+
+    visit(config, "")
+    return flat
+
+
 def dotted_names(cls: type = TrainConfig, prefix: str = "") -> list[str]:
     """Every key that `--set` takes, sections included."""
     names = []

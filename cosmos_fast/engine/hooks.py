@@ -1,0 +1,152 @@
+"""What happens after a training step. The trainer calls every hook after every step, in order; each decides itself
+whether to act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_fast.engine import checkpoint
+from cosmos_fast.engine.checkpoint import Snapshot
+from cosmos_fast.engine.metrics import to_json
+from cosmos_fast.engine.rng import rng_state, set_rng_state
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import write_atomic
+from cosmos_fast.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from cosmos_fast.engine.trainer import Trainer
+
+_log = get_logger(__name__)
+
+Validator = Callable[[int, nn.Module, nn.Module], Mapping[str, float]]
+"""(step, student, teacher) -> named numbers, written as one "eval" row."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One optimizer step. Losses are 0-dim tensors on the device, means over the micro-batches; reading one waits for
+    the GPU. samples: over all ranks. keys: of this rank's samples."""
+
+    loss: Tensor
+    clip_loss: Tensor
+    distill_loss: Tensor
+    lr: float
+    ema_decay: float
+    grad_norm: float
+    applied: bool
+    samples: int
+    data_ms: float
+    step_ms: float
+    keys: list[str]
+
+
+class Hook(Protocol):
+    """Acts after a step, or not."""
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        """Called with trainer.state already counting the step."""
+
+
+class NonfiniteGuard:
+    """Logs steps that were not applied, and stops the run after too many in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        """Dump and stop at the limit."""
+        if outcome.applied:
+            return
+        state = trainer.state
+        _log.warning(
+            "step %d: loss %s, gradient norm %s: step not applied (%d in a row, %d in all)",
+            state.step,
+            float(outcome.loss),
+            outcome.grad_norm,
+            state.nonfinite_in_a_row,
+            state.skipped,
+        )
+        if state.nonfinite_in_a_row >= self._limit:
+            path = trainer.plan.folder / f"nonfinite_step_{state.step:08d}.json"
+            write_atomic(path, to_json(self._dump(trainer, outcome)) + "\n")
+            raise UserError(
+                f"loss or gradient was not finite for {state.nonfinite_in_a_row} steps in a row (see {path}): "
+                "lower optimizer.lr, set optimizer.clip_norm, or check the data, then continue with --resume"
+            )
+
+    def _dump(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
+        losses = {"loss": outcome.loss, "clip_loss": outcome.clip_loss, "distill_loss": outcome.distill_loss}
+        return {
+            "step": trainer.state.step,
+            "keys": outcome.keys,
+            "lr": outcome.lr,
+            "losses": {name: _spelled(float(value)) for name, value in losses.items()},
+            "gradient_norm": _spelled(outcome.grad_norm),
+            "gradient_norms": {name: _spelled(norm) for name, norm in trainer.optimizer.gradient_norms().items()},
+        }
+
+
+class Validation:
+    """Runs the validators every so many steps and at the end, without leaving a trace in the training."""
+
+    def __init__(self, validators: Sequence[Validator], every_steps: int) -> None:
+        self._validators = validators
+        self._every_steps = every_steps
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        """Write one "eval" row with the numbers of all validators."""
+        step = trainer.state.step
+        if not self._validators or not _due(step, self._every_steps, trainer.finished):
+            return
+        row: dict[str, Any] = {"step": step, "kind": "eval"}
+        generators = rng_state()
+        trainer.student.eval()
+        with torch.no_grad():
+            for validator in self._validators:
+                row.update(validator(step, trainer.student, trainer.teacher))
+        trainer.student.train()
+        set_rng_state(generators)
+        trainer.metrics.write(row)
+        numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
+        _log.info("evaluated at step %d  %s", step, numbers)
+
+
+class Checkpointer:
+    """Saves every so many steps, at the end, and when a stop is requested."""
+
+    def __init__(self, every_steps: int, keep: int) -> None:
+        self._every_steps = every_steps
+        self._keep = keep
+        self.saved_step: int | None = None
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        """Write a checkpoint of the trainer."""
+        step = trainer.state.step
+        if not _due(step, self._every_steps, trainer.finished or trainer.stop.requested):
+            return
+        snapshot = Snapshot(
+            student=trainer.student.state_dict(),
+            teacher=trainer.teacher.state_dict(),
+            optimizer=trainer.optimizer.state_dict(),
+            state=trainer.state,
+            model=trainer.config.model.to_openclip(),
+            rng=rng_state(),
+        )
+        folder = checkpoint.save(trainer.plan.checkpoints, snapshot, self._keep)
+        self.saved_step = step
+        _log.info("saved %s", folder)
+
+
+def _due(step: int, every_steps: int, now: bool) -> bool:
+    return now or (every_steps > 0 and step % every_steps == 0)
+
+
+def _spelled(value: float) -> float | str:
+    """NaN and Inf by name: in a dump they are the point."""
+    return value if math.isfinite(value) else str(value)

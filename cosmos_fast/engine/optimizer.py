@@ -1,0 +1,147 @@
+"""AdamW for the student and the moving average for the teacher, in the order COSMOS needs.
+
+One step: teacher <- average with the student's weights from before the step; gradient clipping; AdamW; scales clamped.
+The first three are one pass over memory in `cosmos_fast.ops.adamw_ema_`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cosmos_fast.config import OptimizerConfig, TrainConfig
+from cosmos_fast.ops.adamw_ema import adamw_ema_, grad_norm
+from cosmos_fast.utils.errors import UserError
+
+MAX_LOG_SCALE = math.log(100.0)
+_NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: L2 norm over all gradients before clipping. applied: False when NaN or Inf stopped the step."""
+
+    grad_norm: float
+    applied: bool
+
+
+def has_weight_decay(name: str, parameter: Tensor) -> bool:
+    """Matrices and embeddings decay; vectors, scalars, and anything named bn, ln, bias or logit_scale do not."""
+    return parameter.ndim >= 2 and not any(part in name for part in _NO_DECAY_NAMES)
+
+
+def build_optimizer(config: TrainConfig, student: nn.Module, teacher: nn.Module) -> AdamWEma:
+    """The optimizer of `student` that also keeps `teacher`; both hold fp32 parameters of the same names."""
+    return AdamWEma(config.optimizer, student, teacher)
+
+
+class AdamWEma:
+    """Updates student and teacher in place. As in torch's AdamW, a parameter without a gradient is left alone and does
+    not count a step; its teacher counterpart is averaged all the same."""
+
+    def __init__(self, config: OptimizerConfig, student: nn.Module, teacher: nn.Module) -> None:
+        self.config = config
+        self._student = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self._teacher = dict(teacher.named_parameters())
+        if set(self._teacher) != {name for name, _ in student.named_parameters()}:
+            raise ValueError("student and teacher have different parameter names")
+        self._steps = dict.fromkeys(self._student, 0)
+        self._exp_avg = {name: torch.zeros_like(p, memory_format=torch.preserve_format) for name, p in self._items()}
+        self._exp_avg_sq = {name: torch.zeros_like(m) for name, m in self._exp_avg.items()}
+
+    def _items(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._student.items())
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        for parameter in self._student.values():
+            parameter.grad = None
+
+    def gradient_norms(self) -> dict[str, float]:
+        """L2 norm of each parameter's gradient, for a dump."""
+        return {name: float(p.grad.norm()) for name, p in self._student.items() if p.grad is not None}
+
+    @torch.no_grad()
+    def step(self, *, lr: float, ema_decay: float, loss: Tensor | None = None) -> StepResult:
+        """Apply the gradients that backward() has left.
+
+        loss: 0-dim, checked together with the gradients. With NaN or Inf in either, weights, teacher and optimizer
+        state stay as they are. Reading that flag is the only synchronisation with a GPU.
+        """
+        grads = [p.grad for p in self._student.values() if p.grad is not None]
+        norm = grad_norm(grads)
+        watched = [norm] if loss is None else [norm, loss.detach().to(norm)]
+        norm_value, *rest = torch.stack(watched).tolist()
+        if not all(math.isfinite(value) for value in (norm_value, *rest)):
+            return StepResult(grad_norm=norm_value, applied=False)
+        scale = 1.0
+        if self.config.clip_norm is not None:
+            scale = min(1.0, self.config.clip_norm / (norm_value + 1e-6))
+        for (decays, step), names in self._groups().items():
+            self._update(names, step, lr=lr, ema_decay=ema_decay, decays=decays, grad_scale=scale)
+        self._average_idle(ema_decay)
+        self._clamp_scales()
+        return StepResult(grad_norm=norm_value, applied=True)
+
+    def _groups(self) -> dict[tuple[bool, int], list[str]]:
+        """Names with a gradient by (decays, number of this step): two groups, unless gradients came and went."""
+        groups: dict[tuple[bool, int], list[str]] = defaultdict(list)
+        for name, parameter in self._student.items():
+            if parameter.grad is not None:
+                groups[has_weight_decay(name, parameter), self._steps[name] + 1].append(name)
+        return groups
+
+    def _update(
+        self, names: list[str], step: int, *, lr: float, ema_decay: float, decays: bool, grad_scale: float
+    ) -> None:
+        grads = [grad for name in names if (grad := self._student[name].grad) is not None]
+        adamw_ema_(
+            [self._student[name].data for name in names],
+            grads,
+            [self._exp_avg[name] for name in names],
+            [self._exp_avg_sq[name] for name in names],
+            [self._teacher[name].data for name in names],
+            step=step,
+            lr=lr,
+            beta1=self.config.betas[0],
+            beta2=self.config.betas[1],
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay if decays else 0.0,
+            ema_decay=ema_decay,
+            grad_scale=grad_scale,
+        )
+        for name in names:
+            self._steps[name] = step
+
+    def _average_idle(self, ema_decay: float) -> None:
+        idle = [name for name, p in self._student.items() if p.grad is None]
+        if idle:
+            teachers = [self._teacher[name].data for name in idle]
+            torch._foreach_lerp_(teachers, [self._student[name].data for name in idle], 1.0 - ema_decay)
+
+    def _clamp_scales(self) -> None:
+        for parameters in (self._student, self._teacher):
+            for name, parameter in parameters.items():
+                if name.endswith("logit_scale"):
+                    parameter.data.clamp_(0.0, MAX_LOG_SCALE)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`exp_avg/<name>`, `exp_avg_sq/<name>` like the parameters, `step/<name>` 0-dim int64."""
+        tensors = {f"exp_avg/{name}": tensor for name, tensor in self._exp_avg.items()}
+        tensors |= {f"exp_avg_sq/{name}": tensor for name, tensor in self._exp_avg_sq.items()}
+        return tensors | {f"step/{name}": torch.tensor(step) for name, step in self._steps.items()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Read what state_dict() gave; names and shapes must be those of this optimizer."""
+        own = self.state_dict()
+        different = sorted(set(own) ^ set(tensors)) or [n for n in own if own[n].shape != tensors[n].shape]
+        if different:
+            raise UserError(f"optimizer state does not fit the model at {different[0]!r}: resume with the same model")
+        for name in self._student:
+            self._exp_avg[name].copy_(tensors[f"exp_avg/{name}"])
+            self._exp_avg_sq[name].copy_(tensors[f"exp_avg_sq/{name}"])
+            self._steps[name] = int(tensors[f"step/{name}"])

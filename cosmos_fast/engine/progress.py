@@ -1,0 +1,75 @@
+"""The line a person watches, and the same numbers as a metrics row."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cosmos_fast.engine.hooks import StepOutcome
+from cosmos_fast.utils.logging import get_logger
+from cosmos_fast.utils.timing import format_duration
+
+if TYPE_CHECKING:
+    from cosmos_fast.engine.trainer import Trainer
+
+_log = get_logger(__name__)
+
+
+class Progress:
+    """Every log_every_steps, at the first and at the last step: one line and one "train" row. Times are means since the
+    last one; losses are those of the step. Only here is a loss read from the device."""
+
+    def __init__(self, every_steps: int) -> None:
+        self._every_steps = every_steps
+        self._steps = 0
+        self._samples = 0
+        self._data_ms = 0.0
+        self._step_ms = 0.0
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        """Count the step; report when it is time."""
+        self._steps += 1
+        self._samples += outcome.samples
+        self._data_ms += outcome.data_ms
+        self._step_ms += outcome.step_ms
+        step = trainer.state.step
+        if step % self._every_steps and step != 1 and not trainer.finished:
+            return
+        row = self._row(trainer, outcome)
+        trainer.metrics.write(row)
+        _log.info("%s", self._line(trainer, row))
+        self._steps, self._samples, self._data_ms, self._step_ms = 0, 0, 0.0, 0.0
+
+    def _row(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
+        state = trainer.state
+        wall_ms = max(self._data_ms + self._step_ms, 1e-6)
+        return {
+            "step": state.step,
+            "kind": "train",
+            "epoch": state.epoch,
+            "samples_seen": state.samples_seen,
+            "loss": float(outcome.loss),
+            "clip_loss": float(outcome.clip_loss),
+            "distill_loss": float(outcome.distill_loss),
+            "lr": outcome.lr,
+            "ema_decay": outcome.ema_decay,
+            **trainer.scales(),
+            "grad_norm": outcome.grad_norm,
+            "step_ms": self._step_ms / self._steps,
+            "data_ms": self._data_ms / self._steps,
+            "samples_per_s": self._samples / wall_ms * 1e3,
+            "data_stall_pct": 100.0 * self._data_ms / wall_ms,
+            "skipped": state.skipped,
+            "bad_samples": sum(trainer.loader.stats.values()),
+            "flops": trainer.flops_per_sample * state.samples_seen,
+        }
+
+    def _line(self, trainer: Trainer, row: dict[str, Any]) -> str:
+        seconds_a_step = (row["step_ms"] + row["data_ms"]) / 1e3
+        eta = format_duration((trainer.total_steps - row["step"]) * seconds_a_step)
+        loss = f"loss {row['loss']:.4f}"
+        if trainer.config.objective == "cosmos":
+            loss += f" (clip {row['clip_loss']:.4f} + distill {row['distill_loss']:.4f})"
+        return (
+            f"step {row['step']}/{trainer.total_steps}  {loss}  lr {row['lr']:.2e}  "
+            f"{row['samples_per_s']:.1f} samples/s  data stall {row['data_stall_pct']:.0f} %  ETA {eta}"
+        )

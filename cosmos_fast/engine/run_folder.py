@@ -1,0 +1,134 @@
+"""The folder of a run: config.yaml, metrics.jsonl, log.txt, checkpoints/. What may be started or continued in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_fast.config import TrainConfig, dump_config, load_config
+from cosmos_fast.config.load import flatten_config
+from cosmos_fast.engine import checkpoint
+from cosmos_fast.engine.checkpoint import Snapshot
+from cosmos_fast.engine.metrics import drop_rows_after
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import FolderLock, write_atomic
+from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
+
+_log = get_logger(__name__)
+
+# These change what a run shows or keeps, not what it computes.
+_HARMLESS = ("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads")
+_ALSO_HARMLESS = ("run.out_dir", "run.world_size_hint", "run.max_nonfinite_steps", "data.workers", "data.prefetch")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that may begin. snapshot: where it continues, None for a start from scratch."""
+
+    folder: Path
+    snapshot: Snapshot | None = None
+    overwrite: bool = False
+
+    @property
+    def checkpoints(self) -> Path:
+        """Parent of the checkpoint folders."""
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        """Rows of engine.metrics."""
+        return self.folder / "metrics.jsonl"
+
+    @contextmanager
+    def begin(self, config: TrainConfig) -> Iterator[None]:
+        """Make the folder ready and hold it; the first thing that writes to disk."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {self.folder} cannot be made ({error}): set run.out_dir") from None
+        with FolderLock(self.folder):
+            if self.overwrite:
+                _clear(self.folder)
+            step = self.snapshot.state.step if self.snapshot else 0
+            checkpoint.supersede_after(self.checkpoints, step)
+            drop_rows_after(self.metrics_file, step if self.snapshot else -1)
+            write_atomic(self.folder / "config.yaml", dump_config(config))
+            handler = log_to_file(self.folder / "log.txt")
+            try:
+                yield
+            finally:
+                stop_logging_to(handler)
+
+
+def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = False) -> RunPlan:
+    """Decide where a run starts, reading only.
+
+    resume: None starts from scratch; "auto" takes the newest undamaged checkpoint of the run folder and starts from
+    scratch where there is none; else the path of a checkpoint folder, or of a run folder.
+
+    Raises UserError for a folder that already holds checkpoints without `resume` or `overwrite`, and for a checkpoint
+    that is damaged or of another architecture.
+    """
+    folder = Path(config.run.out_dir) / config.name
+    if resume is not None and overwrite:
+        raise UserError("--resume continues a run, --overwrite removes it: give one of them")
+    held = checkpoint.list_checkpoints(folder / "checkpoints")
+    if resume is None:
+        if held and not overwrite:
+            raise UserError(
+                f"{folder} already holds checkpoints up to {held[-1].name}: continue with --resume, "
+                "choose another folder with --set name=..., or remove them with --overwrite"
+            )
+        return RunPlan(folder, None, overwrite)
+    found = _find_checkpoint(folder, resume)
+    if found is None:
+        _log.info("no checkpoint in %s yet: starting from scratch", folder)
+        return RunPlan(folder)
+    if held and found.parent.resolve() != (folder / "checkpoints").resolve():
+        raise UserError(f"{folder} holds checkpoints of its own: to start it from {found}, set another name=...")
+    snapshot = checkpoint.load(found)
+    if snapshot.model != config.model.to_openclip():
+        raise UserError(f"checkpoint {found} is of another architecture than model.*: resume with the same model")
+    _warn_of_changes(found.parent.parent / "config.yaml", config)
+    _log.info("continuing from %s", found)
+    return RunPlan(folder, snapshot)
+
+
+def _find_checkpoint(folder: Path, resume: str) -> Path | None:
+    if resume == "auto":
+        return checkpoint.newest_valid(folder / "checkpoints")
+    path = Path(resume)
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} does not exist: give a checkpoint folder, a run folder, or plain --resume")
+    if not (path / "checkpoints").is_dir():
+        return path
+    found = checkpoint.newest_valid(path / "checkpoints")
+    if found is None:
+        raise UserError(f"run folder {path} holds no checkpoint")
+    return found
+
+
+def _warn_of_changes(stored: Path, config: TrainConfig) -> None:
+    if not stored.is_file():
+        return
+    try:
+        before = flatten_config(load_config(stored))
+    except UserError as error:
+        _log.warning("%s", error)
+        return
+    after = flatten_config(config)
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_HARMLESS + _ALSO_HARMLESS)]
+    if changed:
+        described = ", ".join(f"{key}: {before.get(key)} -> {after[key]}" for key in changed)
+        _log.warning("settings changed since the checkpoint, the run will not be the same: %s", described)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a former run wrote, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for path in (folder / "metrics.jsonl", folder / "log.txt", *folder.glob("nonfinite_step_*.json")):
+        path.unlink(missing_ok=True)

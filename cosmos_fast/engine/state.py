@@ -1,0 +1,36 @@
+"""Where a run stands: with the weights and the optimizer's state, all that is needed to go on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cosmos_fast.utils.errors import UserError
+
+
+@dataclass
+class TrainState:
+    """step: optimizer steps done, skipped ones included. position: global number of the next sample. epoch: passes over
+    the data, a fraction. samples_seen: samples trained on, over all ranks. skipped: steps not applied because of NaN or
+    Inf; nonfinite_in_a_row: those at the end."""
+
+    step: int = 0
+    position: int = 0
+    epoch: float = 0.0
+    samples_seen: int = 0
+    skipped: int = 0
+    nonfinite_in_a_row: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainState:
+        """The reverse of to_json()."""
+        missing = {f.name for f in fields(cls)} - set(values)
+        if missing:
+            raise UserError(
+                f"training state lacks {', '.join(sorted(missing))}: the checkpoint is from another program"
+            )
+        return cls(**{f.name: values[f.name] for f in fields(cls)})

@@ -1,0 +1,233 @@
+"""The training loop: one fixed order, the same for a laptop and a cluster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.data import Batch, Loader
+from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
+from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
+from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
+from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
+from cosmos_fast.engine.progress import Progress
+from cosmos_fast.engine.rng import set_rng_state
+from cosmos_fast.engine.run_folder import RunPlan, plan_run
+from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
+from cosmos_fast.engine.state import TrainState
+from cosmos_fast.loss import ClipLoss, CosmosLoss
+from cosmos_fast.model import CosmosModel, create_model
+from cosmos_fast.utils.logging import get_logger
+from cosmos_fast.utils.signals import StopRequest
+from cosmos_fast.utils.timing import Stopwatch
+
+_log = get_logger(__name__)
+
+
+class Trainer:
+    """Owns student, teacher, optimizer and state; `fit()` runs to the end or to a stop signal.
+
+    Args:
+        config: the run.
+        loader: batches of this rank from plan.snapshot's position on, without end.
+        validators: called every run.evaluate_every_steps with (step, student, teacher).
+        plan: from plan_run(); None starts from scratch.
+        flops_per_sample: of a forward and backward pass of all views, for the metrics.
+
+    Raises:
+        UserError: a run folder in use, a checkpoint that cannot be written, too many steps with NaN or Inf.
+    """
+
+    # the run
+    config: TrainConfig
+    plan: RunPlan
+    loader: Loader
+    total_steps: int
+    state: TrainState
+    world_size: int
+    # what is trained
+    device: torch.device
+    precision: Precision
+    student: CosmosModel
+    teacher: CosmosModel
+    objective: CosmosLoss | ClipLoss
+    optimizer: AdamWEma
+    # what happens after a step
+    metrics: Metrics
+    stop: StopRequest
+    checkpointer: Checkpointer
+    hooks: list[Hook]
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loader: Loader,
+        validators: Sequence[Validator] = (),
+        *,
+        plan: RunPlan | None = None,
+        flops_per_sample: float = 0.0,
+        world_size: int = 1,
+    ) -> None:
+        self.config = config
+        self.plan = plan or plan_run(config)
+        self.loader = loader
+        self.world_size = world_size
+        self.flops_per_sample = flops_per_sample
+        self.total_steps = total_steps(config, loader.samples_per_epoch, world_size)
+        if config.run.threads is not None:
+            torch.set_num_threads(config.run.threads)
+        self.device = resolve_device(config.run.device)
+        self.precision = resolve_precision(config.run.precision, self.device)
+        torch.manual_seed(config.seed)
+        self.student = create_model(config.model).to(self.device).train()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
+        self.optimizer = build_optimizer(config, self.student, self.teacher)
+        self.state = TrainState()
+        if self.plan.snapshot is not None:
+            self._restore()
+        self.metrics = Metrics([])
+        self.stop = StopRequest()
+        run = config.run
+        self.checkpointer = Checkpointer(run.checkpoint_every_steps, run.keep_checkpoints)
+        self.hooks = [
+            NonfiniteGuard(run.max_nonfinite_steps),
+            Progress(run.log_every_steps),
+            Validation(validators, run.evaluate_every_steps),
+            self.checkpointer,
+        ]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step of the schedule is done."""
+        return self.state.step >= self.total_steps
+
+    def fit(self) -> TrainState:
+        """Train to the end, or to the first step after SIGTERM or SIGUSR1 (`self.stop.signal_name` tells which)."""
+        with self._running():
+            batches = iter(self.loader)
+            watch = Stopwatch()
+            while not self.finished:
+                micro_batches = list(islice(batches, self.config.run.accumulate_steps))
+                data_ms = watch.lap_ms()
+                outcome = self.train_step(micro_batches, data_ms)
+                for hook in self.hooks:
+                    hook.after_step(self, outcome)
+                # A signal that arrives after the checkpointer's turn is answered one step later.
+                if self.stop.requested and self.checkpointer.saved_step == self.state.step:
+                    _log.info("stopped by %s at step %d", self.stop.signal_name, self.state.step)
+                    break
+                watch.lap_ms()
+        return self.state
+
+    def train_step(self, micro_batches: Sequence[Batch], data_ms: float = 0.0) -> StepOutcome:
+        """One optimizer step over micro-batches, each with its own negatives; losses and gradients are their means."""
+        watch = Stopwatch()
+        assert micro_batches, "the loader has ended"
+        assert micro_batches[0].position == self.state.position, "the loader is not where the run is"
+        lr = learning_rate(self.config, self.state.step, self.total_steps)
+        decay = ema_decay(self.config, self.state.step, self.total_steps)
+        self.optimizer.zero_grad()
+        losses = torch.zeros(3, device=self.device)
+        for batch in micro_batches:
+            losses += self._backward(batch.to(self.device), share=1.0 / len(micro_batches))
+        result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
+        samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
+        self._count_step(samples, micro_batches[-1].next_position, result.applied)
+        return StepOutcome(
+            loss=losses[2],
+            clip_loss=losses[0],
+            distill_loss=losses[1],
+            lr=lr,
+            ema_decay=decay,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            samples=samples,
+            data_ms=data_ms,
+            step_ms=watch.lap_ms(),
+            keys=[key for batch in micro_batches for key in batch.keys],
+        )
+
+    def scales(self) -> dict[str, float]:
+        """The temperatures of the losses, exponentiated."""
+        parameters = dict(self.student.named_parameters())
+        names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
+        return {name: float(parameters[name].detach().exp()) for name in names}
+
+    def _backward(self, batch: Batch, share: float) -> Tensor:
+        """Add this micro-batch's gradients; returns [3]: clip, distill and total loss, times `share`."""
+        views = self.config.data.views
+        with self.precision.autocast():
+            student = self.student(batch.images, batch.texts)
+            if isinstance(self.objective, ClipLoss):
+                output = self.objective(student)
+            else:
+                with torch.no_grad():
+                    images, texts = batch.images[: views.global_crops], batch.texts[: views.global_captions]
+                    teacher = self.teacher.encode_views(images, texts)
+                output = self.objective(student, teacher)
+        (output.total * share).backward()
+        return torch.stack([output.clip, output.distill, output.total]).detach() * share
+
+    def _count_step(self, samples: int, next_position: int, applied: bool) -> None:
+        state = self.state
+        state.step += 1
+        state.position = next_position
+        state.epoch = next_position / self.loader.samples_per_epoch
+        state.samples_seen += samples
+        state.skipped += not applied
+        state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + 1
+
+    def _restore(self) -> None:
+        snapshot = self.plan.snapshot
+        assert snapshot is not None
+        self.student.load_reference_state_dict(snapshot.student)
+        self.teacher.load_reference_state_dict(snapshot.teacher)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.state = snapshot.state
+        set_rng_state(snapshot.rng)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The run folder held, metrics open, stop signals caught."""
+        with self.plan.begin(self.config), self.stop:
+            self.metrics = Metrics(self._sinks())
+            try:
+                self._announce()
+                yield
+            finally:
+                self.metrics.close()
+
+    def _sinks(self) -> list[Sink]:
+        folder = self.plan.folder
+        sinks: list[Sink] = [JsonlSink(self.plan.metrics_file)]
+        if self.config.run.tensorboard:
+            from cosmos_fast.engine.tensorboard_sink import TensorBoardSink
+
+            sinks.append(TensorBoardSink(folder / "tensorboard", self.state.step))
+        if self.config.run.wandb:
+            from cosmos_fast.engine.wandb_sink import WandbSink
+
+            sinks.append(WandbSink(folder, self.config.name, asdict(self.config)))
+        return sinks
+
+    def _announce(self) -> None:
+        run, warmup = self.config.run, self.config.schedule.warmup_steps
+        batch = run.batch_size * run.accumulate_steps * self.world_size
+        _log.info(
+            "%s: steps %d to %d, %d samples a step, %s on %s, in %s",
+            *(self.config.name, self.state.step, self.total_steps, batch),
+            *(self.precision.name, self.device, self.plan.folder),
+        )
+        if warmup >= self.total_steps:
+            _log.warning("schedule.warmup_steps=%d spans all %d steps: the rate never peaks", warmup, self.total_steps)
+        if run.world_size_hint and run.world_size_hint != self.world_size:
+            intended = run.world_size_hint * run.batch_size
+            _log.warning("this recipe was published with a global batch of %d; this run has %d", intended, batch)
