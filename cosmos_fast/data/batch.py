@@ -1,0 +1,31 @@
+"""What the loader hands to the trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch. V views, B samples a rank, L tokens; views stand globals first.
+
+    images: V tensors [B, 3, H, W], float32, normalised; global and local crops differ in H and W. texts: int64
+    [V, B, L]. keys: the B sample keys. position: global sample number of the first sample of the *global* batch.
+    next_position: that of the batch after it; saving it is all that a resume needs.
+    """
+
+    images: list[torch.Tensor]
+    texts: torch.Tensor
+    keys: list[str]
+    position: int
+    next_position: int
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            images=[image.to(device, non_blocking=non_blocking) for image in self.images],
+            texts=self.texts.to(device, non_blocking=non_blocking),
+        )

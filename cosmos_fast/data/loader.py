@@ -1,0 +1,162 @@
+"""The loader: worker processes turn positions into batches, this process normalises and counts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cosmos_fast.config import DataConfig
+from cosmos_fast.data.batch import Batch
+from cosmos_fast.data.faults import FaultAccount
+from cosmos_fast.data.images import normalize
+from cosmos_fast.data.index import open_source
+from cosmos_fast.data.order import SampleOrder, rank_positions
+from cosmos_fast.data.sample import MAX_ATTEMPTS, RawBatch, SampleStream
+from cosmos_fast.utils.errors import UserError
+
+
+def build_loader(
+    config: DataConfig,
+    *,
+    image_size: int,
+    context_length: int,
+    seed: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_position: int = 0,
+    device: torch.device | str = "cpu",
+) -> Loader:
+    """Open the sources and return the loader of one rank, at `start_position`.
+
+    image_size: side of a global crop, pixels. batch_size: per rank. device: where batches are put; crops travel there
+    as bytes and are normalised there. UserError: no source, a missing shard, a source without samples.
+    """
+    if not config.train:
+        raise UserError("data.train is empty: name the shards, e.g. --set data.train=[{path: shards}]")
+    indexes = [open_source(source) for source in config.train]
+    order = SampleOrder([len(index) for index in indexes], [source.weight for source in config.train], seed)
+    stream = SampleStream(config, indexes, order, image_size, context_length)
+    loader = Loader(stream, batch_size, rank, world_size, start_position, torch.device(device))
+    for index in indexes:
+        loader.account.note(index.faults)
+    return loader
+
+
+class Loader:
+    """Batches of one rank without end. Iterating again continues after the last batch handed out.
+
+    samples_per_epoch: samples of an epoch over all ranks. position: where the next batch starts. stats: how many
+    samples were skipped, by cause.
+    """
+
+    def __init__(
+        self,
+        stream: SampleStream,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_position: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.position = start_position
+        self.device = device or torch.device("cpu")
+        self.samples_per_epoch = stream.config.samples_per_epoch or stream.order.samples_per_epoch
+        self.account = FaultAccount(stream.config.max_bad_share)
+        self._batches: Any = None
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Skipped samples by cause, in this process's part of the run."""
+        return dict(self.account.counts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._batches is None:
+            self._batches = iter(self._workers())
+        while True:
+            yield self._finish(self._next_raw())
+
+    def close(self) -> None:
+        """Stop the workers and close the shards."""
+        shutdown = getattr(self._batches, "_shutdown_workers", None)  # torch has no public call for it
+        if shutdown is not None:
+            shutdown()
+        self._batches = None
+        for index in self.stream.indexes:
+            index.close()
+
+    def _workers(self) -> DataLoader[RawBatch]:
+        config = self.stream.config
+        return DataLoader(
+            self.stream,
+            batch_sampler=_RankPositions(self.position, self.batch_size, self.rank, self.world_size),
+            collate_fn=_as_is,
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            worker_init_fn=_start_worker if config.workers else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _next_raw(self) -> RawBatch:
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+                raise
+            self.close()
+            raise UserError(
+                f"a data loader worker died ({str(error).splitlines()[0]}): it was killed, or memory or /dev/shm ran "
+                "out; lower data.workers, data.prefetch or run.batch_size and resume from the last checkpoint"
+            ) from error
+
+    def _finish(self, raw: RawBatch) -> Batch:
+        self.account.settle(len(raw.keys), raw.faults)
+        if raw.exhausted is not None:
+            raise UserError(
+                f"no usable sample for position {raw.exhausted} in {MAX_ATTEMPTS} tries; the last one: "
+                f"{raw.faults[-1]}; run `cosmos-fast data inspect` on the shards"
+            )
+        position = self.position
+        self.position = position + self.world_size * self.batch_size
+        images = [normalize(crops.to(self.device, non_blocking=True)) for crops in raw.crops]
+        return Batch(
+            images=[view for views in images for view in views.unbind(0)],
+            texts=raw.texts.to(self.device, non_blocking=True),
+            keys=raw.keys,
+            position=position,
+            next_position=self.position,
+        )
+
+
+class _RankPositions:
+    """Batch sampler: the positions of this rank's batches, for ever."""
+
+    def __init__(self, position: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.position, self.batch_size, self.rank, self.world_size = position, batch_size, rank, world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.position
+        while True:
+            yield list(rank_positions(position, self.batch_size, self.rank))
+            position += self.world_size * self.batch_size
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    """One thread a worker, and no signals meant for the trainer: it finishes its step and stops the workers itself."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
