@@ -8,6 +8,7 @@ Sentences carry no final period: training joins them by ". ".
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from cosmos_fast.data.synthetic.vocabulary import (
 _DRAWS = 400  # choices a scene: 9 objects take about 150; drawn at once, which is faster
 _COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _VIEWS = ("picture", "image", "scene", "photo")
+_MAX_INVENTORY = 6  # objects; more make a sentence of over 25 words
 _WITH_TEXTURE = {
     "plain": ("with a plain surface", "in one solid color"),
     "striped": ("with stripes across it", "covered in stripes"),
@@ -118,7 +120,8 @@ class _Speaker:
     def short_sv(self) -> str:
         """How many, before what; the two largest."""
         first = listing([article(name(o)) for o in self.by_size()[:2]])
-        return f"{self.count()} in front of {self.backdrop()}, among them {first}"
+        among = "among them" if len(self.objects) > 2 else "namely"
+        return f"{self.count()} in front of {self.backdrop()}, {among} {first}"
 
     def short_lla(self) -> str:
         """The two that stand out, and where."""
@@ -136,9 +139,12 @@ class _Speaker:
 
     # -- long ----------------------------------------------------------------------------------------------------------
     def long_ib(self) -> list[str]:
-        """Attributes, in reading order; who is left of whom; the background."""
+        """Attributes, in reading order; who is left of whom; the colours; the background."""
         sentences = [self._attributes(o) for o in self.reading_order()]
         sentences += self._relations(self._beside, 2)
+        colours = list(dict.fromkeys(o.colour for o in self.reading_order()))
+        if len(colours) > 1:
+            sentences.append(f"the colors of the objects in the {self.view()} are {listing(colours)}")
         them = "them" if len(self.objects) > 1 else "it"
         sentences.append(f"the background behind {them} is {self.backdrop()}, seen in the whole {self.view()}")
         return sentences
@@ -150,16 +156,24 @@ class _Speaker:
         return sentences + self._relations(self._stacked, 2)
 
     def long_lla(self) -> list[str]:
-        """Small talk with synonyms, in any order; which is bigger; how many."""
+        """Small talk with synonyms, in any order; which is bigger; how many of what; the background."""
         sentences = [self._chat(o) for o in self.shuffled()]
         sentences += self._relations(self._compared, 1)
-        total = self.pick(("all in all", "in total", "altogether"))
-        are = "are" if len(self.objects) > 1 else "is"
-        sentences.append(f"{total} there {are} {self.count()} here, and the rest is {self.backdrop()}")
+        if 1 < len(self.objects) <= _MAX_INVENTORY:
+            sentences.append(
+                f"{self.pick(('all in all', 'in total', 'altogether'))} there are {self._inventory()} here"
+            )
+        sentences.append(f"everything else that you see in the {self.view()} is {self.backdrop()}")
         return sentences
 
+    def _inventory(self) -> str:
+        """How many of each shape, colours aside: the one place where shapes are named alone."""
+        shapes = Counter(o.shape for o in self.shuffled())
+        items = [f"{_COUNTS[n]} {shape if n == 1 else _plural(shape)}" for shape, n in shapes.items()]
+        return f"{self.count()}, namely {listing(items)}"
+
     def _attributes(self, item: SceneObject) -> str:
-        opening = self.pick(("there is", "the {v} contains", "the {v} has", "one can see")).format(v=self.view())
+        opening = self.pick(("there is", "one can see", "we see", "here is"))
         what = article(f"{item.size} {item.texture} {name(item)}")
         return f"{opening} {what} {self.place(item)} of the {self.view()}"
 
@@ -171,7 +185,7 @@ class _Speaker:
     def _chat(self, item: SceneObject) -> str:
         size, texture = self.pick(SIZE_SYNONYMS[item.size]), self.pick(TEXTURE_SYNONYMS[item.texture])
         opening = self.pick(("you can see", "we can make out", "you will find", "notice"))
-        ending = self.pick((f"a {size} one with a {texture} look", f"it is rather {size} and looks {texture}"))
+        ending = self.pick((f"a {size} one with a {texture} look", f"it is {size} and looks {texture}"))
         return f"{opening} {article(self.synonym(item))} {self.place(item)}, {ending}"
 
     # -- relations -----------------------------------------------------------------------------------------------------
@@ -201,6 +215,10 @@ class _Speaker:
             return None
         how = self.pick(("bigger", "larger") if difference > 0 else ("smaller", "less big"))
         return f"the {self.synonym(a)} looks {how} than the {self.synonym(b)}"
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("ss") else "s")
 
 
 def name(item: SceneObject) -> str:

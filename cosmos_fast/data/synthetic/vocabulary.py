@@ -53,8 +53,8 @@ SHAPE_SYNONYMS: dict[str, tuple[str, ...]] = {
 COLOUR_SYNONYMS: dict[str, tuple[str, ...]] = {
     "red": ("red", "crimson", "bright red"),
     "yellow": ("yellow", "golden", "lemon yellow"),
-    "green": ("green", "emerald", "leafy green"),
-    "cyan": ("cyan", "turquoise", "aqua"),
+    "green": ("green", "bright green", "leafy green"),
+    "cyan": ("cyan", "turquoise"),
     "blue": ("blue", "royal blue", "deep blue"),
     "purple": ("purple", "violet"),
     "white": ("white", "snow white"),
@@ -94,18 +94,18 @@ BACKGROUND_PHRASES: dict[str, tuple[str, ...]] = {
     "wood": ("wooden boards", "a surface of wooden planks"),
 }
 
-# Zero-shot prompts: {} takes a noun such as "star" or "red star".
+# Zero-shot prompts, like the captions without a final period: {} takes a noun such as "star" or "red star".
 TEMPLATES = (
-    "a {}.",
-    "a photo of a {}.",
-    "a picture of a {}.",
-    "a {} in a scene.",
-    "there is a {} in the picture.",
-    "a scene with a {}.",
-    "a small {}.",
-    "a large {}.",
+    "a {}",
+    "a photo of a {}",
+    "a picture of a {}",
+    "a {} in a scene",
+    "there is a {} in the picture",
+    "a scene with a {}",
+    "a small {}",
+    "a large {}",
 )
 # Zero-shot prompts for colours: {} takes an adjective such as "red".
-COLOUR_TEMPLATES = ("a {} object.", "a photo of a {} object.", "a {} shape in a scene.", "something {} in the picture.")
+COLOUR_TEMPLATES = ("a {} object", "a photo of a {} object", "a {} shape in a scene", "something {} in the picture")
 # Zero-shot prompts for backgrounds: {} takes one of the phrases such as "a brick wall".
-BACKGROUND_TEMPLATES = ("shapes on {}.", "objects in front of {}.", "a scene with {} in the background.")
+BACKGROUND_TEMPLATES = ("shapes on {}", "objects in front of {}", "a scene with {} in the background")

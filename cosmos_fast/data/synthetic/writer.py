@@ -92,7 +92,7 @@ def write_dataset(
             _check_parameters(out, settings)
             for split in SPLITS:
                 (out / split).mkdir(exist_ok=True)
-                for leftover in (out / split).glob("*.tmp"):
+                for leftover in (out / split).glob("*.tar.tmp"):
                     leftover.unlink()
             _write_file(out / "meta.json", _meta(settings))
             shards = missing_shards(out, settings)
