@@ -59,7 +59,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks
 
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_check.py
