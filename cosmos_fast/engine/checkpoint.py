@@ -147,6 +147,8 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
             metadata["model"] = json.dumps(snapshot.model)
         tensors = {key: value.detach().contiguous() for key, value in getattr(snapshot, name).items()}
         save_file(tensors, folder / f"{name}.safetensors", metadata)
+        # safetensors makes files that only their owner reads; give them the mode of any other file.
+        os.chmod(folder / f"{name}.safetensors", (folder.stat().st_mode & 0o666) | 0o200)
     document = {"state": snapshot.state.to_json(), "model": snapshot.model, "rng": snapshot.rng}
     (folder / "state.json").write_text(json.dumps(document), encoding="utf-8")
     written = sorted(folder.iterdir())

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.config import TrainConfig
-from cosmos_fast.data import Batch, Loader
+from cosmos_fast.data.batch import Batch
+from cosmos_fast.data.loader import Loader
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer

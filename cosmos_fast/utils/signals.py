@@ -48,12 +48,3 @@ class StopRequest:
         while self._previous:
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
-
-
-def shield_worker() -> None:
-    """Call first in a loader's worker: signals sent to the whole process group are the trainer's to answer.
-
-    A worker that dies of SIGTERM or Ctrl-C would break the step that the trainer is finishing; it ends with its parent.
-    """
-    for number in (*STOP_SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,167 @@
+"""`cosmos-fast train`; also `python -m cosmos_fast.cli.train`, which is what launchers start."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from cosmos_fast.config import TrainConfig, dump_config, load_config
+from cosmos_fast.recipes import RECIPES, get_recipe
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.logging import get_logger, setup_logging
+
+if TYPE_CHECKING:
+    from cosmos_fast.data.loader import Loader
+    from cosmos_fast.engine.hooks import Validator
+    from cosmos_fast.engine.run_folder import RunPlan
+
+_log = get_logger(__name__)
+
+
+@click.command("train")
+@click.option("--recipe", metavar="NAME", help="A built-in configuration; see --list-recipes.")
+@click.option("--config", "config_file", metavar="FILE", help="A YAML file, such as the config.yaml of a run.")
+@click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key (value in YAML); repeatable."
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[PATH]",
+    help="Continue from the newest valid checkpoint of the run folder (from scratch if there is none), or from PATH.",
+)
+@click.option("--overwrite", is_flag=True, help="Remove the checkpoints and metrics of a former run of this name.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved configuration and what it needs; touch nothing.")
+@click.option("--list-recipes", is_flag=True, help="Print the built-in configurations.")
+def command(
+    recipe: str | None,
+    config_file: str | None,
+    overrides: tuple[str, ...],
+    resume: str | None,
+    overwrite: bool,
+    dry_run: bool,
+    list_recipes: bool,
+) -> None:
+    """Train COSMOS or plain CLIP on image-caption shards.
+
+    Writes <run.out_dir>/<name>/: config.yaml, metrics.jsonl, log.txt, checkpoints/. SIGTERM or SIGUSR1 finishes the
+    step, saves a checkpoint and ends with exit status 0; a second one kills.
+
+    \b
+    cosmos-fast train --recipe cc12m_vit_b_16 --set data.train='shards/{00000..02175}.tar'
+    cosmos-fast train --recipe demo --set run.max_steps=50 --set optimizer.lr=5e-4
+    cosmos-fast train --config runs/demo/config.yaml --resume
+    """
+    if list_recipes:
+        for name, make in RECIPES.items():
+            click.echo(f"{name:24}{(make.__doc__ or '').splitlines()[0]}")
+        return
+    setup_logging()
+    config = resolve_config(recipe, config_file, overrides)
+    refuse_several_ranks()
+    if dry_run:
+        describe(config)
+        return
+    train(config, resume, overwrite)
+
+
+def resolve_config(recipe: str | None, config_file: str | None, overrides: tuple[str, ...]) -> TrainConfig:
+    """One of recipe and file, with the overrides applied."""
+    if (recipe is None) == (config_file is None):
+        raise UserError("give one of --recipe NAME (see --list-recipes) and --config FILE")
+    return load_config(get_recipe(recipe) if recipe is not None else str(config_file), overrides)
+
+
+def refuse_several_ranks() -> None:
+    """Training on several ranks comes later; started by a launcher, every rank would train a model of its own."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size not in ("", "1"):
+        raise UserError(f"WORLD_SIZE is {world_size}, but training on several ranks is not implemented yet: start one")
+
+
+def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
+    """Build everything, then train; nothing is written before all of it is there."""
+    from cosmos_fast.engine.estimate import estimate
+    from cosmos_fast.engine.precision import resolve_device, resolve_precision
+    from cosmos_fast.engine.run_folder import plan_run
+    from cosmos_fast.engine.trainer import Trainer
+
+    device = resolve_device(config.run.device)
+    needs = estimate(config, resolve_precision(config.run.precision, device).name)
+    plan = plan_run(config, resume, overwrite)
+    validators = make_validators(config)
+    loader = open_loader(config, plan, str(device))
+    try:
+        trainer = Trainer(config, loader, validators, plan=plan, flops_per_sample=needs.flops_per_sample)
+        trainer.fit()
+    finally:
+        loader.close()
+    done = "finished" if trainer.finished else f"stopped by {trainer.stop.signal_name}, continue with --resume"
+    _log.info("%s: %s at step %d of %d", config.name, done, trainer.state.step, trainer.total_steps)
+
+
+def open_loader(config: TrainConfig, plan: RunPlan, device: str) -> Loader:
+    """The batches of this run, from where the plan continues."""
+    from cosmos_fast.data.loader import build_loader
+
+    return build_loader(
+        config.data,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        seed=config.seed,
+        batch_size=config.run.batch_size,
+        start_position=plan.snapshot.state.position if plan.snapshot else 0,
+        device=device,
+    )
+
+
+def make_validators(config: TrainConfig) -> list[Validator]:
+    """Held-out retrieval during training, where evaluate.data is set."""
+    if not config.evaluate.data:
+        return []
+    from cosmos_fast.evaluate.validators import build_validators
+
+    return build_validators(config)
+
+
+def describe(config: TrainConfig) -> None:
+    """The resolved configuration as YAML, and in comments what it needs, so that the output is a valid --config."""
+    from cosmos_fast.engine.estimate import estimate
+    from cosmos_fast.engine.precision import resolve_device, resolve_precision
+    from cosmos_fast.engine.schedules import total_steps
+
+    device = resolve_device(config.run.device)
+    precision = resolve_precision(config.run.precision, device).name
+    needs = estimate(config, precision)
+    click.echo(dump_config(config), nl=False)
+    click.echo(f"# device               {device}, {precision}")
+    click.echo(f"# parameters           {needs.parameters / 1e6:.1f} M")
+    click.echo(f"# FLOPs per sample     {needs.flops_per_sample / 1e9:.2f} G (forward and backward, all views)")
+    click.echo(f"# memory, about        {needs.total_bytes / 2**30:.2f} GiB")
+    for name in ("weights", "gradients", "optimizer", "teacher", "activations"):
+        click.echo(f"#   {name:18} {getattr(needs, name + '_bytes') / 2**30:.2f} GiB")
+    ranks = config.run.world_size_hint or 1
+    batch = config.run.batch_size * config.run.accumulate_steps
+    click.echo(f"# samples per step     {batch} a rank, {batch * ranks} on {ranks} rank{'s' if ranks > 1 else ''}")
+    samples = config.data.samples_per_epoch
+    if config.run.max_steps is not None or samples is not None:
+        steps = total_steps(config, samples or 1, ranks)
+        epochs = f", {steps * batch * ranks / samples:.2f} epochs of {samples} samples" if samples else ""
+        click.echo(f"# steps                {steps}{epochs}")
+    else:
+        click.echo(f"# steps                {config.run.epochs:g} epochs of the samples in data.train")
+
+
+def main() -> None:
+    """Entry point of `python -m cosmos_fast.cli.train`."""
+    from cosmos_fast.cli.main import run
+
+    sys.exit(run(command, name="cosmos-fast train"))
+
+
+if __name__ == "__main__":
+    main()
