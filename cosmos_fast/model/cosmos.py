@@ -58,7 +58,7 @@ class AttentionMaps:
 
 
 class CosmosModel(TextTower):
-    """The model of arXiv 2412.01814; plain CLIP when `config.crossmodal` is off. Parameters have the original's names."""
+    """The model of arXiv 2412.01814, or plain CLIP without `config.crossmodal`; the original's parameter names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.text, config.embed_dim)
@@ -108,7 +108,9 @@ class CosmosModel(TextTower):
         batch = texts_VBL.shape[1]
         image = self.visual(images, keep_patches=batch)
         text = self.run_text(texts_VBL.flatten(0, 1), keep_tokens=batch)
-        assert image.patches_MPW is not None and text.tokens_MLW is not None and self.visual.attn_cross_pool is not None
+        assert image.patches_MPW is not None
+        assert text.tokens_MLW is not None
+        assert self.visual.attn_cross_pool is not None
         image_VBD = image.features_ND.unflatten(0, (-1, batch))
         text_VBD = text.features_ND.unflatten(0, (-1, batch))
         image_crossmodal = self.text_attn_cross_pool(
@@ -142,7 +144,8 @@ class CosmosModel(TextTower):
         count = len(images_BCHW)
         image = self.visual([images_BCHW], keep_patches=count)
         text = self.run_text(tokens_BL, keep_tokens=count)
-        assert image.patches_MPW is not None and text.tokens_MLW is not None
+        assert image.patches_MPW is not None
+        assert text.tokens_MLW is not None
         over_patches = self.visual.attn_cross_pool.attention(
             self.image_token_mapping(image.patches_MPW), text.features_ND.unsqueeze(1)
         )
@@ -175,17 +178,19 @@ def create_model(name_or_config: str | Path | ModelConfig | Mapping[str, Any]) -
     Raises:
         UserError: an unknown name or key, or sizes that do not fit together.
     """
-    if isinstance(name_or_config, str | Path):
-        path = Path(name_or_config)
-        if path.suffix == ".json":
-            if not path.is_file():
-                raise UserError(f"model configuration {path} does not exist")
-            name_or_config = json.loads(path.read_text())
-        else:
-            name_or_config = named_model(str(name_or_config))
+    if isinstance(name_or_config, ModelConfig):
+        return CosmosModel(name_or_config)
     if isinstance(name_or_config, Mapping):
-        name_or_config = ModelConfig.from_openclip(name_or_config)
-    return CosmosModel(name_or_config)
+        return CosmosModel(ModelConfig.from_openclip(name_or_config))
+    path = Path(name_or_config)
+    if path.suffix != ".json":
+        return CosmosModel(named_model(str(name_or_config)))
+    if not path.is_file():
+        raise UserError(f"model configuration {path} does not exist")
+    try:
+        return CosmosModel(ModelConfig.from_openclip(json.loads(path.read_text())))
+    except json.JSONDecodeError as error:
+        raise UserError(f"model configuration {path} is not valid JSON ({error})") from None
 
 
 def _normalize(features: Tensor) -> Tensor:

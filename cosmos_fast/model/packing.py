@@ -9,6 +9,7 @@ Axes: N sequences, L tokens, T packed tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -139,9 +140,10 @@ def pack_text(token_ids_NL: Tensor, keep_all: int = 0) -> PackedText:
 
 def _group_by_length(lengths: list[int]) -> list[slice]:
     """Split ascending lengths into runs that share their longest length, at the least padding plus call cost."""
-    distinct = sorted(set(lengths))
-    counts = tuple(lengths.count(length) for length in distinct)
-    ends = _cheapest_runs(tuple(distinct), counts)
+    members = Counter(lengths)
+    distinct = tuple(sorted(members))
+    counts = tuple(members[length] for length in distinct)
+    ends = _cheapest_runs(distinct, counts)
     slices, start, first = [], 0, 0
     for end in ends:
         size = sum(counts[first:end])

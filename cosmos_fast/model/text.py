@@ -62,7 +62,7 @@ class TextTower(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
         residual_std = width**-0.5 * (2 * layers) ** -0.5
-        for block in self.transformer.resblocks:
+        for block in self.transformer.blocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,16 +55,20 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
 
+    @property
+    def blocks(self) -> list[ResidualBlock]:
+        return cast("list[ResidualBlock]", list(self.resblocks))
+
     def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """[T, D] -> [kept rows, D] of the layout."""
-        *blocks, last = self.resblocks
+        *blocks, last = self.blocks
         for block in blocks:
             x_TD = block(x_TD, layout)
         return last.forward_kept(x_TD, layout)
 
     def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """[T, D] -> [T, D], correlative self-attention in the last block."""
-        *blocks, last = self.resblocks
+        *blocks, last = self.blocks
         for block in blocks:
             x_TD = block(x_TD, layout)
         return last.forward_csa(x_TD, layout)

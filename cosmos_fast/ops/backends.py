@@ -72,7 +72,7 @@ def resolve(op: str, request: str, *tensors: Tensor) -> Resolution:
     known = _BACKENDS[op]
     if request != "auto":
         return _resolve_explicit(op, request, known, tensors)
-    passed_over = []
+    passed_over: list[str] = []
     for backend in known:
         if not backend.automatic:
             continue

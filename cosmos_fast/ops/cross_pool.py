@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from cosmos_kernels import reference
 from torch import Tensor
 
 from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_kernels import reference
 
 LAYER_NORM_EPS = 1e-5
 

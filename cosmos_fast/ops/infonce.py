@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from cosmos_kernels import reference
 from torch import Tensor
 
 from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_kernels import reference
 
 TILE_ELEMENTS = 1 << 19  # logits held at a time: 2 MiB in fp32
 SAFE_EXPONENT_RANGE = 80.0  # exp(-80) is still a normal fp32 number

@@ -1,0 +1,163 @@
+"""The tiled multi-view loss against the oracle: values, every gradient, memory, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cosmos_fast.ops import infonce, multiview_infonce
+from cosmos_kernels import reference
+
+SHAPES = [(2, 8, 5, 6), (16, 4, 7, 5), (1, 1, 1, 4), (3, 2, 9, 8)]
+
+
+def _features(views: int, batch: int, dim: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return F.normalize(torch.randn(views, batch, dim, dtype=dtype), dim=-1).requires_grad_()
+
+
+def _value_and_gradients(run, *inputs):
+    loss = run(*inputs)
+    return [loss, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("tile_elements", [infonce.TILE_ELEMENTS, 300, 17])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0, 3000.0])
+@pytest.mark.parametrize(("views_a", "views_b", "batch", "dim"), SHAPES)
+def test_equals_the_pair_loop(monkeypatch, views_a, views_b, batch, dim, scale, tile_elements):
+    monkeypatch.setattr(infonce, "TILE_ELEMENTS", tile_elements)
+    torch.manual_seed(views_a + batch)
+    inputs = _features(views_a, batch, dim), _features(views_b, batch, dim)
+    log_scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(reference.multiview_infonce, *inputs, log_scale)
+    actual = _value_and_gradients(multiview_infonce, *inputs, log_scale)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_ragged_batch_over_many_tiles(monkeypatch):
+    monkeypatch.setattr(infonce, "TILE_ELEMENTS", 3000)
+    torch.manual_seed(0)
+    inputs = _features(2, 130, 33), _features(3, 130, 33), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(reference.multiview_infonce, *inputs)
+    for ours, theirs in zip(_value_and_gradients(multiview_infonce, *inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_gradcheck(monkeypatch, scale):
+    monkeypatch.setattr(infonce, "TILE_ELEMENTS", 12)
+    torch.manual_seed(0)
+    a, b = _features(2, 4, 3), _features(3, 4, 3)
+    assert torch.autograd.gradcheck(multiview_infonce, (a, b, torch.tensor(scale, dtype=torch.float64)), eps=1e-7)
+    assert torch.autograd.gradcheck(
+        lambda s: multiview_infonce(a.detach(), b.detach(), s),
+        torch.tensor(scale, dtype=torch.float64, requires_grad=True),
+    )
+
+
+def test_eager_backend_is_the_oracle():
+    torch.manual_seed(0)
+    a, b, scale = _features(2, 5, 4), _features(3, 5, 4), torch.tensor(10.0, dtype=torch.float64)
+    eager = multiview_infonce(a, b, scale, backend="eager")
+    torch.testing.assert_close(eager, reference.multiview_infonce(a, b, scale), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_inputs_are_summed_in_fp32(dtype):
+    """Error against fp64 truth of the same rounded inputs is no worse than twice that of eager in fp32."""
+    torch.manual_seed(3)
+    a, b = (_features(2, 64, 48, torch.float32).detach().to(dtype).requires_grad_() for _ in range(2))
+    scale = torch.tensor(40.0)
+    truth = _value_and_gradients(lambda x, y: reference.multiview_infonce(x.double(), y.double(), scale.double()), a, b)
+    eager = _value_and_gradients(lambda x, y: multiview_infonce(x, y, scale, backend="eager"), a, b)
+    tiled = _value_and_gradients(lambda x, y: multiview_infonce(x, y, scale), a, b)
+    assert tiled[0].dtype == torch.float32
+    assert tiled[1].dtype == dtype
+    for true, loose, ours in zip(truth, eager, tiled, strict=True):
+        noise = (loose.double() - true.double()).norm()
+        # results are rounded to their dtype: an entry may fall to either side
+        rounding = torch.finfo(ours.dtype).eps * true.double().norm()
+        assert (ours.double() - true.double()).norm() <= 2 * noise + rounding
+
+
+def test_no_logits_are_stored_and_workspace_does_not_grow_with_the_batch():
+    torch.manual_seed(0)
+    batch, dim = 512, 16
+    a, b = _features(4, batch, dim, torch.float32), _features(2, batch, dim, torch.float32)
+    saved: list[int] = []
+    largest = [0]
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest[0] = max(largest[0], out.numel())
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t), Watch():
+        multiview_infonce(a, b, torch.tensor(14.0)).backward()
+    assert max(saved) < batch * batch
+    assert largest[0] <= infonce.TILE_ELEMENTS
+
+
+def test_gradient_only_for_the_side_that_needs_it():
+    a, teacher = _features(4, 6, 8), _features(2, 6, 8).detach()
+    multiview_infonce(a, teacher, torch.tensor(5.0, dtype=torch.float64)).backward()
+    assert a.grad is not None
+    assert teacher.grad is None
+
+
+def test_non_contiguous_inputs():
+    torch.manual_seed(0)
+    a = torch.randn(5, 2, 8, dtype=torch.float64).transpose(0, 1)
+    b = torch.randn(8, 5, 3, dtype=torch.float64).permute(2, 1, 0)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    torch.testing.assert_close(multiview_infonce(a, b, scale), reference.multiview_infonce(a, b, scale))
+
+
+@pytest.mark.parametrize("magnitude", [1e-4, 1e3])
+def test_norms_far_from_one(magnitude):
+    torch.manual_seed(0)
+    a, b = (magnitude * _features(2, 6, 8) for _ in range(2))
+    scale = torch.tensor(1.0, dtype=torch.float64)
+    torch.testing.assert_close(multiview_infonce(a, b, scale), reference.multiview_infonce(a, b, scale))
+
+
+def test_identical_features_give_log_of_the_batch():
+    same = F.normalize(torch.ones(2, 7, 4), dim=-1)
+    loss = multiview_infonce(same, same, torch.tensor(100.0))
+    torch.testing.assert_close(loss, torch.tensor(7.0).log(), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_in_gives_nan_out():
+    a, b = _features(2, 4, 3, torch.float32), _features(2, 4, 3, torch.float32).detach()
+    b[0, 0, 0] = float("nan")
+    loss = multiview_infonce(a, b, torch.tensor(10.0))
+    loss.backward()
+    assert loss.isnan()
+    assert a.grad.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a, b, s: (a[0], b, s), r"a_VBD has shape \(4, 3\)"),
+        (lambda a, b, s: (a, b[:, :3], s), r"b_VBD has shape \(2, 3, 3\), expected \[views, 4, 3\]"),
+        (lambda a, b, s: (a, b.double(), s), "b_VBD is torch.float64"),
+        (lambda a, b, s: (a.long(), b.long(), s), "floating-point"),
+        (lambda a, b, s: (a, b, s.view(1)), r"scale has shape \(1,\), expected a scalar"),
+        (lambda a, b, s: (a[:0], b, s), "non-empty"),
+        (lambda a, b, s: (a.to("meta"), b, s), "on cpu, expected torch.float32 on meta"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    a, b = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match=message):
+        multiview_infonce(*change(a, b, torch.tensor(1.0)))
+
+
+def test_unknown_backend_is_refused():
+    a = torch.randn(2, 4, 3)
+    with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, tiled, eager"):
+        multiview_infonce(a, a, torch.tensor(1.0), backend="fast")

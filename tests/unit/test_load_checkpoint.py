@@ -1,0 +1,133 @@
+"""`load_checkpoint`: every format it reads, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cosmos_fast import create_model, load_checkpoint
+from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_fast.model.checkpoints import FORMAT
+from cosmos_fast.utils.errors import UserError
+
+# Head width 64 and 8 pooling heads: what a checkpoint without a description is taken to have.
+SMALL = ModelConfig(
+    embed_dim=32,
+    vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=2),
+    text=TextConfig(context_length=12, vocab_size=60, width=64, heads=1, layers=3),
+)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    return create_model(SMALL), create_model(SMALL)
+
+
+def _assert_same_weights(model, expected):
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_released_format_with_module_prefix(tmp_path, pair):
+    student, teacher = pair
+    path = tmp_path / "released.pt"
+    prefixed = {f"module.{name}": tensor for name, tensor in student.state_dict().items()}
+    torch.save({"epoch": 32, "name": "x", "student": prefixed, "teacher": teacher.state_dict(), "optimizer": {}}, path)
+    loaded = load_checkpoint(path, weights="student")
+    assert loaded.config == SMALL
+    assert not loaded.training
+    _assert_same_weights(loaded, student)
+    _assert_same_weights(load_checkpoint(path), teacher)
+
+
+def test_openclip_formats(tmp_path):
+    clip = create_model(ModelConfig(**{**vars(SMALL), "crossmodal": False}))
+    torch.save({"epoch": 1, "state_dict": clip.state_dict()}, tmp_path / "clip.pt")
+    torch.save(clip.state_dict(), tmp_path / "bare.pt")
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors")
+    for name in ("clip.pt", "bare.pt", "clip.safetensors"):
+        loaded = load_checkpoint(tmp_path / name)
+        assert not loaded.config.crossmodal
+        _assert_same_weights(loaded, clip)
+
+
+def _write_step(folder, student, teacher, complete=True):
+    folder.mkdir(parents=True)
+    for weights, model in (("student", student), ("teacher", teacher)):
+        metadata = {"format": FORMAT, "model": json.dumps(model.config.to_openclip()), "weights": weights}
+        save_file(model.state_dict(), folder / f"{weights}.safetensors", metadata)
+    if complete:
+        (folder / "manifest.json").write_text("{}")
+
+
+def test_run_folder_gives_its_newest_complete_checkpoint(tmp_path, pair):
+    student, teacher = pair
+    _write_step(tmp_path / "checkpoints/step_00000010", teacher, student)
+    _write_step(tmp_path / "checkpoints/step_00000020", student, teacher)
+    _write_step(tmp_path / "checkpoints/step_00000030", teacher, teacher, complete=False)
+    _assert_same_weights(load_checkpoint(tmp_path, weights="student"), student)
+    _assert_same_weights(load_checkpoint(tmp_path), teacher)
+    _assert_same_weights(load_checkpoint(tmp_path / "checkpoints/step_00000010"), student)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('foreign code ran')",))
+
+
+def _truncate(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def test_untrusted_pickle_is_refused(tmp_path):
+    path = tmp_path / "bomb.pt"
+    torch.save({"student": _Bomb()}, path)
+    with pytest.raises(UserError, match="could run foreign code"):
+        load_checkpoint(path)
+    path.write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(UserError, match=r"bomb\.pt"):
+        load_checkpoint(path)
+
+
+def test_damaged_files_are_told_in_one_line(tmp_path, pair):
+    torch.save({"student": pair[0].state_dict()}, tmp_path / "cut.pt")
+    save_file(pair[0].state_dict(), tmp_path / "cut.safetensors")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.safetensors").write_text("hello")
+    _truncate(tmp_path / "cut.pt", 5000)
+    _truncate(tmp_path / "cut.safetensors", 5000)
+    for name in ("cut.pt", "cut.safetensors", "empty.pt", "text.safetensors"):
+        with pytest.raises(UserError, match=name) as caught:
+            load_checkpoint(tmp_path / name, weights="student")
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_missing_is_named(tmp_path, pair):
+    with pytest.raises(UserError, match=r"nowhere\.pt does not exist"):
+        load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(UserError, match=r"no student\.safetensors \(it holds no weights\)"):
+        load_checkpoint(tmp_path, weights="student")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        load_checkpoint(tmp_path)
+    weights = pair[0].state_dict()
+    torch.save({"student": weights}, tmp_path / "student_only.pt")
+    with pytest.raises(UserError, match="holds no teacher weights"):
+        load_checkpoint(tmp_path / "student_only.pt")
+    torch.save({"epoch": 3}, tmp_path / "nothing.pt")
+    with pytest.raises(UserError, match=r"holds no weights \(keys: epoch\)"):
+        load_checkpoint(tmp_path / "nothing.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list"):
+        load_checkpoint(tmp_path / "list.pt")
+    del weights["visual.conv1.weight"]
+    torch.save({"student": weights}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"not the weights of a CLIP or COSMOS model: visual\.conv1\.weight missing"):
+        load_checkpoint(tmp_path / "other.pt", weights="student")
+    with pytest.raises(UserError, match="choose 'teacher' or 'student'"):
+        load_checkpoint(tmp_path, weights="ema")
