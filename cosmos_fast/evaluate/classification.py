@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.evaluate.retrieval import BLOCK_ELEMENTS, ranks_of_targets
 
 TOP_K = (1, 5)
@@ -30,7 +31,7 @@ def top_k_accuracy(image_BD: Tensor, class_CD: Tensor, label_B: Tensor, ks: Sequ
 
 
 @torch.no_grad()
-def encode_images(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def encode_images(model: Encoder, batches: Iterable[Tensor]) -> Tensor:
     """Normalised features [N, D] float32 of image batches [B, 3, H, W], on the model's device."""
     device = next(model.parameters()).device
-    return torch.cat([model.encode_image(batch.to(device), normalize=True).float() for batch in batches])  # type: ignore[operator]
+    return torch.cat([model.encode_image(batch.to(device), normalize=True).float() for batch in batches])

@@ -5,13 +5,14 @@ Axis legend: C classes, S synonyms (all classes together), T templates, D embed,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.utils.errors import UserError
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -20,25 +21,31 @@ TEXT_BATCH = 256
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Names to choose among. `synonyms[c]` holds the wordings of class c (its name first), `templates` have a `{}`."""
+    """Names to choose among. `prompts[c][s]` holds the prompts of wording s of class c, templates already filled in."""
 
     name: str
     classes: tuple[str, ...]
-    synonyms: tuple[tuple[str, ...], ...]
-    templates: tuple[str, ...]
+    prompts: tuple[tuple[tuple[str, ...], ...], ...]
 
     def __post_init__(self) -> None:
-        if not self.classes or len(self.synonyms) != len(self.classes) or not all(self.synonyms):
-            raise UserError(f"class set '{self.name}': every class needs a name and at least one wording")
-        if not self.templates or any("{}" not in template for template in self.templates):
-            raise UserError(f"class set '{self.name}': every prompt template needs '{{}}' where the name goes")
+        whole = self.prompts and all(wordings and all(wordings) for wordings in self.prompts)
+        if not whole or len(self.prompts) != len(self.classes):
+            raise UserError(f"class set '{self.name}': every class needs a wording, and every wording a prompt")
 
-    def prompts(self, wording: str) -> list[str]:
-        return [template.replace("{}", wording) for template in self.templates]
+
+def fill_templates(name: str, wordings: Mapping[str, Sequence[str]], templates: Sequence[str]) -> ClassSet:
+    """A ClassSet of class -> wordings, each put into every template where its `{}` stands."""
+    if not templates or any("{}" not in template for template in templates):
+        raise UserError(f"class set '{name}': every prompt template needs '{{}}' where the name goes")
+    prompts = tuple(
+        tuple(tuple(template.replace("{}", wording) for template in templates) for wording in synonyms)
+        for synonyms in wordings.values()
+    )
+    return ClassSet(name, tuple(wordings), prompts)
 
 
 @torch.no_grad()
-def encode_texts(model: nn.Module, texts: Sequence[str], tokenize: Tokenize, normalize: bool = True) -> Tensor:
+def encode_texts(model: Encoder, texts: Sequence[str], tokenize: Tokenize, normalize: bool = True) -> Tensor:
     """Features [len(texts), D] float32 on the model's device. Equal texts are encoded once."""
     unique = list(dict.fromkeys(texts))
     row = {text: index for index, text in enumerate(unique)}
@@ -48,7 +55,7 @@ def encode_texts(model: nn.Module, texts: Sequence[str], tokenize: Tokenize, nor
     features: list[Tensor] = []
     for start in range(0, len(order), TEXT_BATCH):
         tokens_BL = tokenize([unique[index] for index in order[start : start + TEXT_BATCH]]).to(device)
-        features.append(model.encode_text(tokens_BL, normalize=normalize).float())  # type: ignore[operator]
+        features.append(model.encode_text(tokens_BL, normalize=normalize).float())
     sorted_SD = torch.cat(features)
     place = torch.empty(len(order), dtype=torch.long)
     place[torch.tensor(order)] = torch.arange(len(order))
@@ -60,19 +67,19 @@ def ensemble(prompt_TD: Tensor) -> Tensor:
     return functional.normalize(functional.normalize(prompt_TD.float(), dim=-1).mean(dim=0), dim=-1)
 
 
-def class_features(model: nn.Module, classes: ClassSet, tokenize: Tokenize) -> Tensor:
+def class_features(model: Encoder, classes: ClassSet, tokenize: Tokenize) -> Tensor:
     """One feature a class, over all its wordings and templates: float32 [C, D], normalised (classification)."""
-    groups = [[p for wording in synonyms for p in classes.prompts(wording)] for synonyms in classes.synonyms]
+    groups = [[prompt for wording in wordings for prompt in wording] for wordings in classes.prompts]
     return _encode_groups(model, groups, tokenize)
 
 
-def synonym_features(model: nn.Module, classes: ClassSet, tokenize: Tokenize) -> tuple[Tensor, Tensor]:
+def synonym_features(model: Encoder, classes: ClassSet, tokenize: Tokenize) -> tuple[Tensor, Tensor]:
     """One feature a wording: float32 [S, D] normalised, and int64 [S], the class of each (segmentation)."""
-    wordings = [(index, wording) for index, synonyms in enumerate(classes.synonyms) for wording in synonyms]
-    features_SD = _encode_groups(model, [classes.prompts(wording) for _, wording in wordings], tokenize)
-    return features_SD, torch.tensor([index for index, _ in wordings], device=features_SD.device)
+    features_SD = _encode_groups(model, [list(wording) for row in classes.prompts for wording in row], tokenize)
+    owner = [index for index, row in enumerate(classes.prompts) for _ in row]
+    return features_SD, torch.tensor(owner, device=features_SD.device)
 
 
-def _encode_groups(model: nn.Module, groups: list[list[str]], tokenize: Tokenize) -> Tensor:
+def _encode_groups(model: Encoder, groups: list[list[str]], tokenize: Tokenize) -> Tensor:
     features = encode_texts(model, [prompt for group in groups for prompt in group], tokenize)
     return torch.stack([ensemble(part) for part in features.split([len(group) for group in groups])])

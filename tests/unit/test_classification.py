@@ -9,7 +9,14 @@ from torch.nn.functional import normalize
 
 from cosmos_fast.evaluate.chance import classification_chance
 from cosmos_fast.evaluate.classification import top_k_accuracy
-from cosmos_fast.evaluate.prompts import ClassSet, class_features, encode_texts, ensemble, synonym_features
+from cosmos_fast.evaluate.prompts import (
+    ClassSet,
+    class_features,
+    encode_texts,
+    ensemble,
+    fill_templates,
+    synonym_features,
+)
 from cosmos_fast.utils.errors import UserError
 
 
@@ -31,7 +38,9 @@ def letters(texts: list[str]) -> torch.Tensor:
     return torch.tensor([[text.count(letter) for letter in "abcdefgh"] for text in texts])
 
 
-CLASSES = ClassSet("toy", ("ab", "c"), (("ab", "ba"), ("c",)), ("{}", "{}ddd", "h{}"))
+WORDINGS = {"ab": ("ab", "ba"), "c": ("c",)}
+TEMPLATES = ("{}", "{}ddd", "h{}")
+CLASSES = fill_templates("toy", WORDINGS, TEMPLATES)
 
 
 def test_ensemble_is_normalise_mean_normalise() -> None:
@@ -41,8 +50,8 @@ def test_ensemble_is_normalise_mean_normalise() -> None:
 
 def test_class_features_average_all_wordings_and_templates_in_order() -> None:
     features = class_features(LetterModel(), CLASSES, letters)
-    for row, synonyms in zip(features, CLASSES.synonyms, strict=True):
-        prompts = [t.replace("{}", s) for s in synonyms for t in CLASSES.templates]
+    for row, synonyms in zip(features, WORDINGS.values(), strict=True):
+        prompts = [t.replace("{}", s) for s in synonyms for t in TEMPLATES]
         mean = normalize(letters(prompts).float(), dim=-1).mean(0)
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
 
@@ -64,12 +73,17 @@ def test_texts_come_back_in_order_and_repeats_are_encoded_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "synonyms", "templates"),
-    [((), (), ("{}",)), (("a",), ((),), ("{}",)), (("a",), (("a",),), ("photo",)), (("a",), (("a",),), ())],
+    ("wordings", "templates"),
+    [({}, ("{}",)), ({"a": ()}, ("{}",)), ({"a": ("a",)}, ("photo",)), ({"a": ("a",)}, ())],
 )
-def test_unusable_class_sets_are_refused(classes: tuple, synonyms: tuple, templates: tuple) -> None:
+def test_unusable_class_sets_are_refused(wordings: dict[str, tuple[str, ...]], templates: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="toy"):
-        ClassSet("toy", classes, synonyms, templates)
+        fill_templates("toy", wordings, templates)
+
+
+def test_class_sets_whose_names_and_prompts_differ_in_number_are_refused() -> None:
+    with pytest.raises(UserError, match="toy"):
+        ClassSet("toy", ("a", "b"), ((("a",),),))
 
 
 def test_top_k_equals_sorting_without_ties() -> None:

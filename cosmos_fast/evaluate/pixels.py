@@ -1,0 +1,32 @@
+"""Pieces of images as evaluation shows them to the model: bicubic, normalised, float32 [3, H, W]."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torch import Tensor
+
+from cosmos_fast.data.images import to_tensor
+from cosmos_fast.evaluate.segmentation import resized_shape
+
+
+def short_side_view(image: Image.Image, short_side: int) -> Tensor:
+    """The whole image with its short side at `short_side` pixels."""
+    height, width = resized_shape(image.height, image.width, short_side)
+    return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def object_square(
+    box: tuple[float, float, float, float], width: int, height: int, margin: float
+) -> tuple[float, float, float, float]:
+    """Square around a box with `margin` of its longer side on each side, moved (or shrunk) to lie inside the image."""
+    x0, y0, x1, y1 = box
+    side = min(max(x1 - x0, y1 - y0) * (1 + 2 * margin), width, height)
+    left = min(max((x0 + x1 - side) / 2, 0.0), width - side)
+    top = min(max((y0 + y1 - side) / 2, 0.0), height - side)
+    return left, top, left + side, top + side
+
+
+def object_view(image: Image.Image, box: tuple[float, float, float, float], size: int, margin: float) -> Tensor:
+    """The square around one object, resized to `size`."""
+    square = object_square(box, image.width, image.height, margin)
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=square))

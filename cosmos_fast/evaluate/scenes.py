@@ -1,0 +1,235 @@
+"""Held-out shards as an evaluation set: images with captions; objects and masks too where the shards are synthetic.
+
+Retrieval needs images and `raw_caption` only and works on any DreamLIP shards. Classification and segmentation need the
+`scene` of each record, its `mask.png`, and a `meta.json` beside the shards or one folder up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cosmos_fast.config.data import SourceConfig
+from cosmos_fast.data.faults import (
+    BAD_JSON,
+    BROKEN_IMAGE,
+    MISSING_IMAGE,
+    MISSING_RECORD,
+    Fault,
+    FaultAccount,
+    SampleFault,
+)
+from cosmos_fast.data.images import decode
+from cosmos_fast.data.index import Index, image_extension, open_source
+from cosmos_fast.data.records import Record, parse_record
+from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import sha256_of
+
+MAX_MEMBER_BYTES = 64 * 1024 * 1024
+# Decoded scenes are kept for the next model up to this many bytes of pixels.
+CACHE_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: class names, box (x0, y0, x1, y1) in pixels, and its value in the mask."""
+
+    shape: str
+    colour: str
+    box: tuple[float, float, float, float]
+    instance: int
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sample. `captions` are its raw captions, `sentences` all its captions. Without a mask, objects are empty."""
+
+    key: str
+    image: Image.Image
+    captions: tuple[str, ...]
+    sentences: tuple[str, ...]
+    objects: tuple[SceneObject, ...]
+    mask_HW: np.ndarray | None
+    long_sentences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The vocabulary of a synthetic data set, as class sets."""
+
+    shapes: ClassSet
+    colours: ClassSet
+    pairs: ClassSet
+    segments: ClassSet  # class 0 is "background"
+
+
+class SceneSet:
+    """Usable samples of some shards, in shard order; broken ones are counted in `faults`, never evaluated."""
+
+    def __init__(self, sources: tuple[SourceConfig, ...], max_samples: int | None = None) -> None:
+        self.sources = sources
+        self._indexes = [open_source(source) for source in sources]
+        self._places = [(index, i) for index in self._indexes for i in range(len(index))][:max_samples]
+        self.faults = FaultAccount(max_bad_share=1.0)
+        self._cache: list[Scene] | None = None
+
+    def __len__(self) -> int:
+        """Samples in the shards; as many as iteration yields if none is broken."""
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[Scene]:
+        """Every usable scene. Decoded once if they fit the cache. UserError if none is usable."""
+        if self._cache is not None:
+            yield from self._cache
+            return
+        kept: list[Scene] | None = []
+        kept_bytes = usable = 0
+        self.faults = FaultAccount(max_bad_share=1.0)
+        for index, i in self._places:
+            try:
+                scene = read_scene(index, i)
+            except SampleFault as fault:
+                self.faults.note([Fault(fault.cause, index.name(i), fault.detail)])
+                continue
+            usable += 1
+            kept_bytes += 4 * scene.image.width * scene.image.height
+            if kept is not None and kept_bytes <= CACHE_BYTES:
+                kept.append(scene)
+            else:
+                kept = None
+            yield scene
+        if not usable:
+            raise UserError(f"evaluation data {self.name}: no usable sample ({self.faults.summary()})")
+        self._cache = kept
+
+    @property
+    def name(self) -> str:
+        return ", ".join(repr(source.path) for source in self.sources)
+
+    def meta(self) -> Meta | None:
+        """The data set's vocabulary; None where no source has a meta.json."""
+        for index in self._indexes:
+            for folder in (index.shards[0].parent, index.shards[0].parent.parent):
+                if (folder / "meta.json").is_file():
+                    return read_meta(folder / "meta.json")
+        return None
+
+    def require_meta(self, task: str) -> Meta:
+        meta = self.meta()
+        if meta is None:
+            raise UserError(
+                f"{task} needs meta.json beside the shards of {self.name} or one folder up: make the data with "
+                "`cosmos-fast data synth`, or leave this task out of --tasks"
+            )
+        return meta
+
+    def sha256(self) -> str:
+        """Digest of the shard files, in order."""
+        total = hashlib.sha256()
+        for index in self._indexes:
+            for shard in index.shards:
+                total.update(bytes.fromhex(sha256_of(shard)))
+        return total.hexdigest()
+
+
+def read_scene(index: Index, i: int) -> Scene:
+    """Decode one sample. Raises SampleFault."""
+    members = index.read(i, max_bytes=MAX_MEMBER_BYTES)
+    extension = image_extension(members)
+    if extension is None:
+        raise SampleFault(MISSING_IMAGE)
+    if "json" not in members:
+        raise SampleFault(MISSING_RECORD)
+    record = parse_record(members["json"], index.source.schema)
+    image = decode(members[extension])
+    mask = _decode_mask(members["mask.png"]) if "mask.png" in members else None
+    if mask is not None and mask.shape != (image.height, image.width):
+        raise SampleFault(BROKEN_IMAGE, f"mask is {mask.shape[1]}x{mask.shape[0]}, image {image.width}x{image.height}")
+    return Scene(
+        key=index.key(i),
+        image=image,
+        captions=_raw_captions(record),
+        sentences=tuple(record.sentences),
+        objects=_objects(record.raw) if mask is not None else (),
+        mask_HW=mask,
+        long_sentences=tuple(record.raw.get("longIB_captions") or ()),
+    )
+
+
+def _decode_mask(data: bytes) -> np.ndarray:
+    """uint8 [h, w] of an 8-bit grey PNG."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.mode not in ("L", "P"):
+                raise SampleFault(BROKEN_IMAGE, f"mask of mode {image.mode}, not 8-bit grey")
+            return np.array(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SampleFault(BROKEN_IMAGE, f"mask: {error}") from error
+
+
+def _raw_captions(record: Record) -> tuple[str, ...]:
+    """`raw_caption` of DreamLIP (one string counts as one caption), else the first sentence of the record."""
+    raw = record.raw.get("raw_caption")
+    captions = [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []
+    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
+    return texts or (record.sentences[0],)
+
+
+def _objects(raw: Mapping[str, Any]) -> tuple[SceneObject, ...]:
+    scene = raw.get("scene")
+    if scene is None:
+        return ()
+    try:
+        found = []
+        for thing in scene["objects"]:
+            x0, y0, x1, y1 = map(float, thing["box"])
+            box = (x0, y0, x1, y1)
+            found.append(SceneObject(str(thing["shape"]), str(thing["colour"]), box, int(thing["instance"])))
+        return tuple(found)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SampleFault(BAD_JSON, f"scene: {error!r}") from error
+
+
+def read_meta(path: Path) -> Meta:
+    """Class sets from a meta.json.
+
+    Shapes and colours use all their synonyms; colour + shape pairs use the plain names only (with synonyms there would
+    be thousands of prompts); segments are the shapes and, as wordings of a class "background", all background phrases.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        names = {kind: [str(name) for name in raw[kind]] for kind in ("shapes", "colours", "backgrounds")}
+        nouns = [str(template) for template in raw["templates"]]
+        adjectives = [str(template) for template in raw.get("colour_templates", nouns)]
+        backdrops = [str(template) for template in raw.get("background_templates", nouns)]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is no data-set description ({error!r}): make the data again with `data synth`"
+        ) from None
+
+    def wordings(kind: str) -> dict[str, list[str]]:
+        synonyms = raw.get("synonyms", {}).get(kind, {})
+        return {
+            name: list(dict.fromkeys([*synonyms.get(name, ()), *([] if name in synonyms else [name])]))
+            for name in names[kind]
+        }
+
+    shapes = fill_templates("shapes", wordings("shapes"), nouns)
+    pairs = {f"{colour} {shape}": [f"{colour} {shape}"] for colour in names["colours"] for shape in names["shapes"]}
+    phrases = [phrase for synonyms in wordings("backgrounds").values() for phrase in synonyms]
+    background = fill_templates("background", {"background": phrases}, backdrops)
+    return Meta(
+        shapes=shapes,
+        colours=fill_templates("colours", wordings("colours"), adjectives),
+        pairs=fill_templates("colour + shape", pairs, nouns),
+        segments=ClassSet("segments", background.classes + shapes.classes, background.prompts + shapes.prompts),
+    )
