@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,13 @@ def learning_rate(step: int, base: float, warmup_steps: int, total_steps: int) -
 class EagerTrainer:
     """Student, teacher and optimizer. `step` is `phases` run to its end; a profiler times the phases one by one."""
 
-    def __init__(self, student: EagerCosmos, *, weight_decay: float = 0.5, ema_decay: float = 0.999) -> None:
+    def __init__(
+        self, student: EagerCosmos, *, weight_decay: float = 0.5, ema_decay: float = 0.999, precision: str = "fp32"
+    ) -> None:
+        """precision: "fp32", or "bf16" for forward and loss under autocast as the original's `amp_bf16`."""
         self.student = student
+        device = student.logit_scale.device.type
+        self.autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=precision == "bf16")
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         groups = parameter_groups(student, weight_decay)
         # The default implementation for the device: a Python loop on a CPU, foreach on CUDA.
@@ -57,7 +63,7 @@ class EagerTrainer:
         return self.losses
 
     def forward_teacher(self, images: list[Tensor], texts_VBL: Tensor) -> EagerFeatures:
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             return self.teacher(images[:GLOBAL_VIEWS], texts_VBL[:GLOBAL_VIEWS], crossmodal=False)
 
     def phases(self, images: list[Tensor], texts_VBL: Tensor, lr: float) -> Iterator[str]:
@@ -67,9 +73,11 @@ class EagerTrainer:
         self.optimizer.zero_grad()
         teacher = self.forward_teacher(images, texts_VBL)
         yield "teacher"
-        student = self.student(images, texts_VBL)
+        with self.autocast():
+            student = self.student(images, texts_VBL)
         yield "student"
-        self.losses = cosmos_loss(student, teacher, texts_VBL.shape[1])
+        with self.autocast():
+            self.losses = cosmos_loss(student, teacher, texts_VBL.shape[1])
         yield "loss"
         self.losses.total.backward()
         yield "backward"

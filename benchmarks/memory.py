@@ -1,0 +1,89 @@
+"""Peak memory of a piece of work.
+
+On a CPU the work runs in a process of its own: memory that an earlier run has freed stays with the allocator, and would
+hide the peak of the next. On CUDA the allocator counts exactly, and the work runs in place.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import re
+import resource
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+PROC = Path("/proc/self")  # resolved in whichever process reads it
+
+
+def peak_mib(work: Callable[[], object], *, device: str = "cpu", settle: Callable[[], object] | None = None) -> float:
+    """Peak of `work` in MiB over what the process held before it: parameters and states that `work` makes count.
+
+    Args:
+        work: builds what it needs and runs; on a CPU it and `settle` travel to another process, so they must pickle
+            (module-level functions, or `functools.partial` of them).
+        settle: runs before the base is read: a small version of the work, which loads code and starts threads.
+    """
+    if torch.device(device).type == "cuda":
+        return _cuda_peak_mib(work, device, settle)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, work, settle, torch.get_num_threads()))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError("the process that was to measure memory died; its error stands above") from None
+    finally:
+        child.join()
+
+
+def _child(sender: Connection, work: Callable[[], object], settle: Callable[[], object] | None, threads: int) -> None:
+    torch.set_num_threads(threads)
+    if settle is not None:
+        settle()
+    gc.collect()
+    base = _reset_peak()
+    work()
+    sender.send((_peak_bytes() - base) / MIB)
+
+
+def _reset_peak() -> int:
+    """Make the present resident size the peak, where the system allows it; returns the base in bytes."""
+    try:
+        (PROC / "clear_refs").write_text("5")
+    except OSError:
+        return _peak_bytes()
+    return _status_bytes("VmRSS")
+
+
+def _peak_bytes() -> int:
+    # ru_maxrss is the last resort: on Linux it survives exec, and a child starts with its parent's peak.
+    if (PROC / "status").exists():
+        return _status_bytes("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
+    assert found, f"/proc/self/status has no {field}"
+    return int(found[1]) * 1024
+
+
+def _cuda_peak_mib(work: Callable[[], object], device: str, settle: Callable[[], object] | None) -> float:
+    if settle is not None:
+        settle()
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    base = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - base) / MIB

@@ -1,0 +1,198 @@
+"""The benchmark harness: pairing, order of events, peak memory, rows on disk, and the command in front of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+import benchmarks.memory
+from benchmarks import rows
+from benchmarks.harness import Timing, assert_agree, interleave, ledger
+from benchmarks.memory import peak_mib
+from benchmarks.rows import Row
+from benchmarks.shapes import mini_step
+from cosmos_fast.cli import bench
+from cosmos_fast.cli.main import run
+
+ROW = Row(
+    name="toy",
+    device="Some CPU, 2 threads",
+    shapes={"batch": 2},
+    metric="step_ms",
+    value=1.23456789,
+    unit="ms",
+    baseline="eager",
+    ratio=0.5,
+    bar=0.65,
+    commit="abc",
+    versions={"torch": "2"},
+)
+
+
+def test_ratio_is_the_median_of_pairs_and_not_a_ratio_of_medians() -> None:
+    timing = Timing(baseline_ms=[10.0, 20.0, 400.0], candidate_ms=[5.0, 30.0, 100.0])
+    assert timing.ratios == [0.5, 1.5, 0.25]
+    assert timing.ratio == 0.5  # the medians would say 1.5
+
+
+def test_both_sides_get_the_same_fresh_inputs_in_alternating_order() -> None:
+    calls: list[tuple[str, int]] = []
+    timing = interleave(
+        lambda seed: calls.append(("baseline", seed)),
+        lambda seed: calls.append(("candidate", seed)),
+        lambda seed: seed,
+        check=lambda: calls.append(("check", -1)),
+        repeats=7,
+        warmup=1,
+    )
+    assert calls[0] == ("check", -1)
+    assert calls[1:5] == [("baseline", 0), ("candidate", 0), ("candidate", 1), ("baseline", 1)]
+    assert [seed for name, seed in calls if name == "candidate"] == list(range(8))
+    assert len(timing.baseline_ms) == len(timing.candidate_ms) == 7  # the warm-up is not among them
+
+
+def test_a_slower_candidate_has_a_ratio_above_one() -> None:
+    def sleep_ms(length: float, _: int) -> None:
+        time.sleep(length / 1e3)
+
+    timing = interleave(partial(sleep_ms, 5), partial(sleep_ms, 20), int, check=lambda: None, repeats=7, warmup=0)
+    assert timing.ratio > 1.5
+    assert min(timing.candidate_ms) >= 20
+    low, high = timing.spread
+    assert low <= timing.ratio <= high
+
+
+def test_nothing_is_timed_when_the_sides_disagree() -> None:
+    def disagree() -> None:
+        raise AssertionError("they differ")
+
+    timed: list[int] = []
+    with pytest.raises(AssertionError, match="they differ"):
+        interleave(timed.append, timed.append, int, check=disagree)
+    assert not timed
+
+
+def test_too_few_repetitions_are_refused() -> None:
+    with pytest.raises(AssertionError, match="too few"):
+        interleave(int, int, int, check=lambda: None, repeats=6)
+
+
+def test_agreement_is_measured_against_the_largest_entry_and_names_the_worst_tensor() -> None:
+    expected = {"small": torch.tensor([1e-6, 1.0]), "large": torch.tensor([100.0, 1.0])}
+    assert_agree({"small": torch.tensor([5e-6, 1.0]), "large": torch.tensor([100.0, 1.0004])}, expected, rtol=1e-5)
+    with pytest.raises(AssertionError, match="large disagrees"):
+        assert_agree({"small": expected["small"], "large": torch.tensor([100.0, 1.2])}, expected, rtol=1e-5)
+    with pytest.raises(AssertionError, match="disagrees"):
+        assert_agree({"small": torch.tensor([math.nan, 1.0]), "large": expected["large"]}, expected, rtol=1e-5)
+    with pytest.raises(AssertionError, match="only one side"):
+        assert_agree({"small": expected["small"]}, expected, rtol=1e-5)
+
+
+def test_the_ledger_sums_to_the_wall_time() -> None:
+    def phases(seed: int) -> Iterator[str]:
+        time.sleep(0.004)
+        yield "first"
+        time.sleep(0.008)
+        yield "second"
+        time.sleep(0.003)
+
+    found = ledger({"only": phases}, device="cpu", repeats=3, warmup=1)["only"]
+    assert list(found) == ["first", "second", "other", "wall"]
+    assert found["first"] + found["second"] + found["other"] == pytest.approx(found["wall"])
+    assert found["first"] >= 4
+    assert found["second"] >= 8
+    assert found["other"] >= 3
+
+
+def touch_mib(size: int) -> None:
+    # Two passes, the second smaller: the peak must be that of the first although it is freed.
+    for share in (size, size // 4):
+        block = torch.ones(share * 2**18)
+        del block
+
+
+def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before() -> None:
+    work = partial(touch_mib, 96)
+    peak = peak_mib(work, settle=partial(touch_mib, 1))
+    assert 90 <= peak <= 110
+    # A settling run that needed more must not hide the work's peak.
+    if (benchmarks.memory.PROC / "clear_refs").exists():
+        assert 90 <= peak_mib(work, settle=partial(touch_mib, 192)) <= 110
+
+
+def explode() -> None:
+    raise ValueError("broken work")
+
+
+def test_a_failing_measurement_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RuntimeError, match="died"):
+        peak_mib(explode)
+    assert "broken work" in capfd.readouterr().err
+
+
+def test_rows_are_written_whole_with_every_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    path = rows.write([ROW, replace(ROW, metric="peak_mib", ratio=0.9, floor_pct=12.5)])
+    assert path == tmp_path / "some-cpu-2-threads" / "toy.json"
+    first, second = json.loads(path.read_text())
+    assert list(first) == list(second) == [field.name for field in fields(Row)]
+    assert len(first) == 12
+    assert first["value"] == 1.2346
+    assert second["floor_pct"] == 12.5
+    assert [entry.name for entry in path.parent.iterdir()] == ["toy.json"]
+
+
+def test_the_bar_is_judged_by_the_ratio() -> None:
+    assert replace(ROW, ratio=0.65).meets_bar
+    assert replace(ROW, ratio=0.66).meets_bar is False
+    assert replace(ROW, bar=None).meets_bar is None
+    console = Console(width=160, record=True)
+    rows.show([ROW, replace(ROW, metric="peak_mib", ratio=0.9)], console)
+    text = console.export_text()
+    assert "0.65 met" in text
+    assert "0.65 MISSED" in text
+
+
+def test_versions_and_commit_describe_the_run() -> None:
+    assert rows.versions()["torch"] == torch.__version__
+    assert rows.commit()
+
+
+def test_inputs_of_a_step_have_the_lengths_that_the_shape_says() -> None:
+    shape = mini_step(batch=5)
+    texts = shape.texts(seed=3)
+    assert texts.shape == (8, 5, 77)
+    lengths = texts.argmax(-1) + 1
+    assert (texts.max(-1).values == shape.model.vocab_size - 1).all()
+    assert ((texts > 0).sum(-1) == lengths).all()
+    assert ((lengths[:2] >= 30) & (lengths[:2] <= 70)).all()
+    assert ((lengths[2:] >= 10) & (lengths[2:] <= 35)).all()
+    assert [tuple(crop.shape[2:]) for crop in shape.images(0)] == [(64, 64)] * 2 + [(32, 32)] * 6
+    assert not torch.equal(texts, shape.texts(seed=4))
+    assert torch.equal(texts, shape.texts(seed=3))
+
+
+def test_the_command_lists_the_benchmarks() -> None:
+    result = CliRunner().invoke(bench.command, ["--help"])
+    assert result.exit_code == 0
+    assert "step" in result.output
+
+
+def test_an_installed_package_without_a_checkout_gets_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert run(bench.command, ["step"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: benchmarks are not part of the installed package")
+    assert errors.count("\n") == 1
