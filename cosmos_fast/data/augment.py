@@ -1,4 +1,4 @@
-"""The augmentation numbers of a sample: drawn here on the host, applied by whoever cuts the pixels.
+"""The augmentation numbers of a sample: drawn here on the host, applied by whoever cuts and recolours the pixels.
 
 Every view draws the same count of uniform numbers whether it uses them or not, so a view's crop does not depend on the
 settings of the views before it.

@@ -1,4 +1,4 @@
-"""Pixels with PIL: decode under caps, cut the views a sample's numbers ask for, and the evaluation transform.
+"""Pixels: decode with PIL under caps, cut and resize the views a sample's numbers ask for, the evaluation transform.
 
 Images are decoded as stored: PIL does not apply the EXIF orientation, and neither did the original. Animations give
 their first frame; alpha is dropped.
@@ -10,7 +10,8 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+import torch.nn.functional as F
+from PIL import Image
 
 from cosmos_fast.data import faults
 from cosmos_fast.data.augment import ViewNumbers
@@ -56,63 +57,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cut_view(image: Image.Image, view: ViewNumbers) -> np.ndarray:
-    """One view of an RGB image: uint8 [size, size, 3]."""
-    crop = image.crop(view.box).resize((view.size, view.size), Image.Resampling.BICUBIC)
-    for operation, amount in view.jitter:
-        crop = _JITTER[operation](crop, amount)
-    if view.gray:
-        crop = crop.convert("L")  # the three channels stay equal from here on: work on one
-    if view.blur_radius > 0:
-        crop = crop.filter(ImageFilter.GaussianBlur(view.blur_radius))
-    if view.solarize_threshold is not None:
-        levels = np.arange(256)
-        crop = _map_levels(crop, np.where(levels < view.solarize_threshold, levels, 255 - levels))
-    pixels = np.asarray(crop)
-    if view.flip:
-        pixels = pixels[:, ::-1]
-    return np.broadcast_to(pixels[:, :, None], (view.size, view.size, 3)) if view.gray else pixels
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """uint8 [3, H, W], a view of memory in H, W, 3 order: the layout torch resizes fastest."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _map_levels(image: Image.Image, table: np.ndarray) -> Image.Image:
-    return image.point(table.tolist() * len(image.getbands()))
+def crop_and_resize(pixels: torch.Tensor, view: ViewNumbers) -> torch.Tensor:
+    """The box of a view, resized to [3, size, size] uint8, bicubic with antialiasing.
 
-
-def _blend_table(level: int, factor: float) -> np.ndarray:
-    """What Image.blend(constant image of `level`, image, factor) does to each of the 256 levels (float32, cut off)."""
-    levels = np.arange(256, dtype=np.float32)
-    return (level + np.float32(factor) * (levels - level)).clip(0, 255).astype(np.uint8)
-
-
-def _brightness(image: Image.Image, factor: float) -> Image.Image:
-    return _map_levels(image, _blend_table(0, factor))
-
-
-def _contrast(image: Image.Image, factor: float) -> Image.Image:
-    """Away from the mean grey of the image, rounded."""
-    histogram = np.asarray(image.convert("L").histogram(), dtype=np.float64)
-    mean = int(histogram @ np.arange(256) / histogram.sum() + 0.5)
-    return _map_levels(image, _blend_table(mean, factor))
-
-
-def _saturation(image: Image.Image, factor: float) -> Image.Image:
-    return Image.blend(image.convert("L").convert("RGB"), image, factor)
-
-
-def _hue(image: Image.Image, turns: float) -> Image.Image:
-    """Shift the hue of HSV by a share of the full circle."""
-    shift = int(turns * 255)
-    levels = np.arange(256)
-    table = np.concatenate([(levels + shift) % 256, levels, levels])
-    return image.convert("HSV").point(table.tolist()).convert("RGB")
-
-
-_JITTER = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}
+    torch's 8-bit kernel: within one level of PIL's crop().resize(), four times as fast.
+    """
+    left, top, right, bottom = view.box
+    box = pixels[None, :, top:bottom, left:right]
+    return F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0]
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB image -> float32 [3, H, W], normalised."""
-    return normalize(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return normalize(to_pixels(image))
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:

@@ -41,30 +41,30 @@ class Index:
         self.source = source
         self.shards = shards
         self.cache = cache  # the file the tables were read from or written to
-        self._tables = tables
+        self.tables = tables
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, least recently used first
         self._pid = os.getpid()
 
     def __len__(self) -> int:
-        return len(self._tables.sample_shard)
+        return len(self.tables.sample_shard)
 
     @property
     def faults(self) -> list[Fault]:
         """What was wrong with the shards when they were indexed."""
-        return self._tables.faults
+        return self.tables.faults
 
     def key(self, i: int) -> str:
         """The sample's key, as webdataset has it; unique in a shard, not always in a source."""
-        start, stop = self._tables.key_start[i : i + 2]
-        return bytes(self._tables.keys[int(start) : int(stop)]).decode("utf-8", "replace")
+        start, stop = self.tables.key_start[i : i + 2]
+        return bytes(self.tables.keys[int(start) : int(stop)]).decode("utf-8", "replace")
 
     def name(self, i: int) -> str:
         """`shard.tar:key`, for messages."""
-        return f"{self.shards[int(self._tables.sample_shard[i])].name}:{self.key(i)}"
+        return f"{self.shards[int(self.tables.sample_shard[i])].name}:{self.key(i)}"
 
     def members(self, i: int) -> dict[str, MemberPlace]:
         """Extension -> place, without reading."""
-        tables = self._tables
+        tables = self.tables
         shard = int(tables.sample_shard[i])
         start, stop = (int(edge) for edge in tables.member_start[i : i + 2])
         return {

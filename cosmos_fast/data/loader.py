@@ -16,7 +16,8 @@ from cosmos_fast.data.faults import FaultAccount
 from cosmos_fast.data.images import normalize
 from cosmos_fast.data.index import open_source
 from cosmos_fast.data.order import SampleOrder, rank_positions
-from cosmos_fast.data.sample import MAX_ATTEMPTS, RawBatch, SampleStream
+from cosmos_fast.data.recolor import recolor_
+from cosmos_fast.data.sample import MAX_ATTEMPTS, CropStack, RawBatch, SampleStream
 from cosmos_fast.utils.errors import UserError
 
 
@@ -35,14 +36,22 @@ def build_loader(
     """Open the sources and return the loader of one rank, at `start_position`.
 
     image_size: side of a global crop, pixels. batch_size: per rank. device: where batches are put; crops travel there
-    as bytes and are normalised there. UserError: no source, a missing shard, a source without samples.
+    as bytes, and a GPU also recolours them. UserError: no source, a missing shard, a source without samples.
     """
     if not config.train:
         raise UserError("data.train is empty: name the shards, e.g. --set data.train=[{path: shards}]")
     indexes = [open_source(source) for source in config.train]
     order = SampleOrder([len(index) for index in indexes], [source.weight for source in config.train], seed)
-    stream = SampleStream(config, indexes, order, image_size, context_length)
-    loader = Loader(stream, batch_size, rank, world_size, start_position, torch.device(device))
+    device = torch.device(device)
+    stream = SampleStream(
+        config,
+        indexes,
+        order,
+        image_size=image_size,
+        context_length=context_length,
+        recolor=device.type == "cpu",
+    )
+    loader = Loader(stream, batch_size, rank, world_size, start_position, device)
     for index in indexes:
         loader.account.note(index.faults)
     return loader
@@ -127,7 +136,7 @@ class Loader:
             )
         position = self.position
         self.position = position + self.world_size * self.batch_size
-        images = [normalize(crops.to(self.device, non_blocking=True)) for crops in raw.crops]
+        images = [normalize(self._recolored(stack)) for stack in raw.stacks]
         return Batch(
             images=[view for views in images for view in views.unbind(0)],
             texts=raw.texts.to(self.device, non_blocking=True),
@@ -135,6 +144,13 @@ class Loader:
             position=position,
             next_position=self.position,
         )
+
+    def _recolored(self, stack: CropStack) -> torch.Tensor:
+        """uint8 [V, B, 3, S, S] on the device of the batches."""
+        pixels = stack.pixels.to(self.device, non_blocking=True)
+        if stack.colors is not None:
+            recolor_(pixels.view(-1, *pixels.shape[2:]), stack.colors)
+        return pixels
 
 
 class _RankPositions:

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from cosmos_fast.config import DataConfig
 from cosmos_fast.data import faults, rng
-from cosmos_fast.data.augment import draw_views
+from cosmos_fast.data.augment import ViewNumbers, draw_views
 from cosmos_fast.data.captions import draw_captions
 from cosmos_fast.data.faults import Fault, SampleFault
-from cosmos_fast.data.images import cut_view, decode
+from cosmos_fast.data.images import crop_and_resize, decode, to_pixels
 from cosmos_fast.data.index import RECORD_EXTENSION, Index, image_extension, is_used_in_training
 from cosmos_fast.data.order import Place, SampleOrder
+from cosmos_fast.data.recolor import ColorNumbers, color_numbers, recolor_
 from cosmos_fast.data.records import parse_record
 from cosmos_fast.data.tokenizer import tokenize
 
@@ -30,39 +30,57 @@ MAX_ATTEMPTS = 32  # for one position; past it the data is hopeless, not unlucky
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, before batching: uint8 [size, size, 3] a view, captions, key."""
+    """One sample, before batching: a uint8 [3, size, size] crop a view (not recoloured), its numbers, captions, key."""
 
-    crops: list[np.ndarray]
+    crops: list[torch.Tensor]
+    views: list[ViewNumbers]
     captions: list[str]
     key: str
+
+
+class CropStack(NamedTuple):
+    """Crops of one size. pixels: uint8 [V, B, 3, S, S]. colors: V * B rows still to apply, None when that is done."""
+
+    pixels: torch.Tensor
+    colors: ColorNumbers | None
 
 
 class RawBatch(NamedTuple):
     """What travels from a worker: crops as bytes, a quarter of what normalised ones would take.
 
-    crops: one uint8 tensor [V, B, 3, S, S] a crop size, globals first. texts: int64 [V, B, L]. faults: what was met on
-    the way. exhausted: a position for which no substitute was usable (then there are no tensors).
+    stacks: global crops, then local crops if there are any. texts: int64 [V, B, L]. faults: what was met on the way.
+    exhausted: a position for which no substitute was usable (then there are no tensors).
     """
 
-    crops: list[torch.Tensor]
+    stacks: list[CropStack]
     texts: torch.Tensor
     keys: list[str]
-    positions: list[int]
     faults: list[Fault]
     exhausted: int | None = None
 
 
 class SampleStream(Dataset[RawBatch]):
-    """position -> sample. Reads `indexes`, one a source, in the order of `order`."""
+    """position -> sample. Reads `indexes`, one a source, in the order of `order`.
+
+    recolor: apply the colour half of the augmentation here; without it the numbers travel with the crops, for a GPU.
+    """
 
     def __init__(
-        self, config: DataConfig, indexes: list[Index], order: SampleOrder, image_size: int, context_length: int
+        self,
+        config: DataConfig,
+        indexes: list[Index],
+        order: SampleOrder,
+        *,
+        image_size: int,
+        context_length: int,
+        recolor: bool = True,
     ) -> None:
         self.config = config
         self.indexes = indexes
         self.order = order
         self.context_length = context_length
         self.crops = config.views.crops(image_size)
+        self.recolor = recolor
 
     def __getitem__(self, position: int) -> RawBatch:
         return self.__getitems__([position])
@@ -74,9 +92,9 @@ class SampleStream(Dataset[RawBatch]):
         for position in positions:
             sample = self._find(position, met)
             if sample is None:
-                return RawBatch([], torch.zeros(0), [], list(positions), met, exhausted=position)
+                return RawBatch([], torch.zeros(0), [], met, exhausted=position)
             samples.append(sample)
-        return RawBatch(self._stack(samples), self._tokens(samples), [s.key for s in samples], list(positions), met)
+        return RawBatch(self._stacks(samples), self._tokens(samples), [sample.key for sample in samples], met)
 
     def make(self, place: Place) -> Sample:
         """Read, decode and cut one sample. Raises SampleFault."""
@@ -92,7 +110,8 @@ class SampleStream(Dataset[RawBatch]):
         captions = draw_captions(record.sentences, config.views, rng.generator(seed, rng.CAPTIONS, **at))
         image = decode(members[extension], config.max_pixels)
         views = draw_views(self.crops, image.width, image.height, rng.generator(seed, rng.CROPS, **at))
-        return Sample([cut_view(image, view) for view in views], captions, index.key(place.sample))
+        pixels = to_pixels(image)
+        return Sample([crop_and_resize(pixels, view) for view in views], views, captions, index.key(place.sample))
 
     def _find(self, position: int, met: list[Fault]) -> Sample | None:
         for attempt in range(MAX_ATTEMPTS):
@@ -103,21 +122,21 @@ class SampleStream(Dataset[RawBatch]):
                 met.append(Fault(fault.cause, self.indexes[place.source].name(place.sample), fault.detail))
         return None
 
-    def _stack(self, samples: list[Sample]) -> list[torch.Tensor]:
-        """Crops of equal size side by side, channels first: copied once, here in the worker."""
-        stacked = []
+    def _stacks(self, samples: list[Sample]) -> list[CropStack]:
+        """Crops of equal size side by side, view-major, recoloured in one go."""
+        stacks = []
         split = self.config.views.global_crops
         for views in (range(split), range(split, len(self.crops))):
             if len(views) == 0:
                 continue
-            size = self.crops[views[0]].size
-            pixels = torch.empty((len(views), len(samples), 3, size, size), dtype=torch.uint8)
-            rows = pixels.numpy()
-            for v, view in enumerate(views):
-                for b, sample in enumerate(samples):
-                    rows[v, b] = sample.crops[view].transpose(2, 0, 1)
-            stacked.append(pixels)
-        return stacked
+            pixels = torch.stack([sample.crops[view] for view in views for sample in samples])
+            pixels = pixels.contiguous()  # resized crops come channels last, and stack() keeps that
+            colors = color_numbers([sample.views[view] for view in views for sample in samples])
+            if self.recolor:
+                recolor_(pixels, colors)
+            pixels = pixels.view(len(views), len(samples), *pixels.shape[1:])
+            stacks.append(CropStack(pixels, None if self.recolor else colors))
+        return stacks
 
     def _tokens(self, samples: list[Sample]) -> torch.Tensor:
         """int64 [V, B, L]"""

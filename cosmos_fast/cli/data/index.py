@@ -1,0 +1,57 @@
+"""`cosmos-fast data index`: build the index of shards once, before many processes need it, and show what it holds."""
+
+from __future__ import annotations
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cosmos_fast.config import SourceConfig
+from cosmos_fast.data.index import Index, open_source
+from cosmos_fast.data.index_summary import summarize
+
+_FAULTS_SHOWN = 10
+
+
+@click.command("index")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--rebuild", is_flag=True, help="Scan the shards again even if a fitting index is cached.")
+def command(paths: tuple[str, ...], rebuild: bool) -> None:
+    """Index webdataset tar shards: build (or find) the cache and show samples, members and faults.
+
+    PATH is a directory of .tar shards, a glob, a brace pattern such as 'cc3m/{00000..00575}.tar', or one file. The
+    index is cached beside the shards, or in $COSMOS_CACHE_DIR (default ~/.cache/cosmos-fast) where that is read-only,
+    and built again when a shard's size or time changes. Training finds it by itself.
+    """
+    console = Console()
+    for path in paths:
+        show(open_with_progress(path, rebuild), console)
+
+
+def open_with_progress(path: str, rebuild: bool = False) -> Index:
+    """open_source() behind a progress bar on stderr."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"indexing {path}", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return open_source(SourceConfig(path=path), on_shard=advance, rebuild=rebuild)
+
+
+def show(index: Index, console: Console) -> None:
+    """Print the summary of one source."""
+    summary = summarize(index)
+    console.print(f"{index.source.path}: {summary.samples:,} samples in {summary.shards:,} shards", highlight=False)
+    console.print(f"index: {index.cache or 'not cached, no writable place'}", highlight=False, soft_wrap=True)
+    table = Table("member", "count", "MiB", "mean KiB")
+    for extension, (count, size) in sorted(summary.members.items()):
+        table.add_row(extension, f"{count:,}", f"{size / 2**20:,.1f}", f"{size / 2**10 / count:,.1f}")
+    console.print(table)
+    for cause, count in summary.faults.items():
+        console.print(f"{cause}: {count:,}", highlight=False)
+    for fault in index.faults[:_FAULTS_SHOWN]:
+        console.print(f"  {fault}", highlight=False, soft_wrap=True, markup=False)
+    if len(index.faults) > _FAULTS_SHOWN:
+        console.print(f"  ... and {len(index.faults) - _FAULTS_SHOWN:,} more", highlight=False)
