@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cosmos_fast.data.synthetic.scene import SceneSettings
@@ -57,8 +58,10 @@ def command(
     )
     settings = DatasetSettings(train=train, heldout=heldout, shard_size=shard_size, scene=scene)
     todo = sum(shard.stop - shard.start for shard in missing_shards(out, settings))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("scenes"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True) as bar:
+    description, unit = TextColumn("{task.description}"), TextColumn("scenes")
+    columns = (description, BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("drawing", total=todo, visible=todo > 0)
         written = write_dataset(out, settings, workers or usable_cores(), lambda scenes: bar.advance(task, scenes))
     state = f"wrote {todo} scenes in {written} shards" if written else "complete already, nothing to do"

@@ -7,6 +7,7 @@ cost more than everything else together.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -41,17 +42,18 @@ def _shaded(rng: np.random.Generator, name: str, width: int, height: int, colour
         if np.abs(first - second).max() < 40:  # the same or nearly: shade towards dark or light instead
             second = np.clip(first * (0.55 if first.mean() > 140 else 1.6), 0, 255)
     angle = rng.uniform(0, 2 * np.pi)
+    cos, sin = math.cos(angle), math.sin(angle)
+    reach = abs(cos) + abs(sin)
     x, y = _axes(width, height)
-    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle)
-    share = np.clip(ramp / (abs(np.cos(angle)) + abs(np.sin(angle))) + 0.5, 0, 1)[..., None]
-    return (first + (second - first) * share + 3 * _crop(rng, _fine_noise(), width, height)[..., None]).astype(
-        np.float32
-    )
+    # 0 in one corner, 1 in the opposite one
+    share = x * np.float32(cos / reach / width) + y * np.float32(sin / reach / height)
+    share += np.float32(0.5 - 0.5 * (cos + sin) / reach)
+    return first + (second - first) * share[..., None] + 3 * _crop(rng, _fine_noise(), width, height)[..., None]
 
 
-def _tones_apart(colours: set[str]) -> list[npt.NDArray[np.float64]]:
+def _tones_apart(colours: set[str]) -> list[FloatImage]:
     """Tones that every object colour stands out from; the one that does best if there is none."""
-    tones = [np.array(tone, dtype=np.float64) for tone in _TONES]
+    tones = [np.array(tone, dtype=np.float32) for tone in _TONES]
     distances = [min(float(np.linalg.norm(tone - np.array(COLOURS[c]))) for c in colours) for tone in tones]
     apart = [tone for tone, distance in zip(tones, distances, strict=True) if distance >= _MIN_CONTRAST]
     return apart or [tones[int(np.argmax(distances))]]

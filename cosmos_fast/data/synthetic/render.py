@@ -73,9 +73,10 @@ def _paint(canvas: FloatImage, mask: npt.NDArray[np.uint8], item: SceneObject, r
     here = (slice(y0, y1), slice(x0, x1))
 
     shape, edge, pattern = _layers(item, side, (item.x - left, item.y - top), rng)
-    alpha, outline, weight = (_averaged(layer)[inside] for layer in (shape, edge, pattern))
+    small = shape.reduce(SUPERSAMPLE)
+    alpha, outline, weight = (_unit(layer)[inside] for layer in (small, edge.reduce(SUPERSAMPLE), pattern))
     shift = max(1, round(0.07 * item.radius))
-    shadow = shape.reduce(SUPERSAMPLE).filter(ImageFilter.GaussianBlur(0.09 * item.radius + 0.5))
+    shadow = small.filter(ImageFilter.GaussianBlur(0.09 * item.radius + 0.5))
     shade = np.roll(np.asarray(shadow, dtype=np.float32), (shift, shift), (0, 1))[inside] * np.float32(0.42 / 255)
 
     first, second, dark = _tones(item.colour)
@@ -92,8 +93,9 @@ def _paint(canvas: FloatImage, mask: npt.NDArray[np.uint8], item: SceneObject, r
     return int(solid.sum())
 
 
-def _averaged(layer: Image.Image) -> FloatImage:
-    return np.asarray(layer.reduce(SUPERSAMPLE), dtype=np.float32) * np.float32(1 / 255)
+def _unit(layer: Image.Image) -> FloatImage:
+    """8 bits to 0..1."""
+    return np.asarray(layer, dtype=np.float32) * np.float32(1 / 255)
 
 
 def _tones(colour: str) -> tuple[FloatImage, FloatImage, FloatImage]:
@@ -112,7 +114,7 @@ def _tones(colour: str) -> tuple[FloatImage, FloatImage, FloatImage]:
 def _layers(
     item: SceneObject, side: int, centre: tuple[float, float], rng: np.random.Generator
 ) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Shape, outline and texture of an object as 8-bit pictures of SUPERSAMPLE * side px."""
+    """Shape and outline as 8-bit pictures of SUPERSAMPLE * side px; texture, averaged to `side` px."""
     size = SUPERSAMPLE * side
     turn = np.array([[np.cos(item.angle), np.sin(item.angle)], [-np.sin(item.angle), np.cos(item.angle)]])
     middle = (np.array(centre) + 0.5) * SUPERSAMPLE
@@ -131,9 +133,9 @@ def _layers(
 
 
 def _texture(item: SceneObject, size: int, middle: Points, rng: np.random.Generator) -> Image.Image:
-    """Where the second tone goes, 8-bit, SUPERSAMPLE times the size."""
+    """Where the second tone goes, 8-bit, drawn at `size` px and averaged."""
     if item.texture == "plain":
-        return Image.new("L", (size, size))
+        return Image.new("L", (size // SUPERSAMPLE, size // SUPERSAMPLE))
     # u, v: position along the pattern's two axes in 1/256 of a period, so that its phase is a matter of bits.
     scale = {"striped": 256.0, "dotted": 282.0, "checkered": 160.0}[item.texture]
     scale /= max(SUPERSAMPLE * item.radius * 0.5, SUPERSAMPLE * 5.0)
@@ -152,7 +154,7 @@ def _texture(item: SceneObject, size: int, middle: Points, rng: np.random.Genera
 
 
 def _binary(where: npt.NDArray[np.bool_]) -> Image.Image:
-    return Image.fromarray(where.astype(np.uint8) * np.uint8(255))
+    return Image.fromarray(where.astype(np.uint8) * np.uint8(255)).reduce(SUPERSAMPLE)
 
 
 def _arc(radius: float, start: float, stop: float, x: float = 0.0, y: float = 0.0, count: int = 48) -> Points:
