@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from rich.console import Console
 from rich.progress import Progress
 
 from cosmos_fast.utils.errors import UserError
@@ -29,7 +30,8 @@ def command(path: Path, samples: int, out: Path | None, limit: int) -> None:
     from cosmos_fast.data import inspect  # imports torch, which --help need not wait for
 
     indexes = inspect.open_sources(path)
-    with Progress(transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=sum(min(limit, len(index)) for index in indexes))
         surveys = [inspect.survey(index, limit, lambda samples: bar.advance(task, samples)) for index in indexes]
     for found in surveys:
