@@ -1,0 +1,85 @@
+"""A run small enough for a unit test: a two-block model, and a loader whose batches are a pure function of position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos_fast.config import TrainConfig, load_config
+from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine.run_folder import RunPlan, plan_run
+from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.recipes import get_recipe
+
+TINY = (
+    "model.embed_dim=16",
+    "model.pool_heads=2",
+    "model.vision={image_size: 16, patch_size: 8, width: 16, layers: 2, head_width: 8}",
+    "model.text={context_length: 8, vocab_size: 64, width: 16, heads: 2, layers: 2}",
+    "data.views.local_image_size=8",
+    "data.views.local_crops=2",
+    "data.views.local_captions=2",
+    "schedule.warmup_steps=2",
+    "evaluate.data=null",
+    "run.batch_size=4",
+    "run.max_steps=6",
+    "run.log_every_steps=1",
+    "run.checkpoint_every_steps=0",
+    "run.evaluate_every_steps=0",
+)
+
+
+def tiny_config(out_dir: Path, *overrides: str, recipe: str = "demo") -> TrainConfig:
+    """The demo recipe shrunk by TINY."""
+    return load_config(get_recipe(recipe), (*TINY, f"run.out_dir={out_dir}", *overrides))
+
+
+class FakeLoader:
+    """Stands in for data.Loader. poison: called with every batch, may change it in place."""
+
+    def __init__(self, config: TrainConfig, start: int = 0, poison: Callable[[Batch], None] | None = None) -> None:
+        self.config = config
+        self.position = start
+        self.samples_per_epoch = config.data.samples_per_epoch or 40
+        self.stats: dict[str, int] = {}
+        self.poison = poison
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = make_batch(self.config, self.position)
+            self.position = batch.next_position
+            if self.poison is not None:
+                self.poison(batch)
+            yield batch
+
+
+def make_batch(config: TrainConfig, position: int) -> Batch:
+    """Random crops and captions; the same ones for the same position."""
+    generator = torch.Generator().manual_seed(position)
+    size, views, text = config.run.batch_size, config.data.views, config.model.text
+    crops = views.crops(config.model.vision.image_size)
+    texts = torch.randint(1, text.vocab_size - 1, (views.text_views, size, text.context_length), generator=generator)
+    texts[:, :, -1] = text.vocab_size - 1
+    return Batch(
+        images=[torch.randn(size, 3, crop.size, crop.size, generator=generator) for crop in crops],
+        texts=texts,
+        keys=[f"sample{position + i}" for i in range(size)],
+        position=position,
+        next_position=position + size,
+    )
+
+
+def make_trainer(
+    config: TrainConfig,
+    validators: tuple[Any, ...] = (),
+    *,
+    plan: RunPlan | None = None,
+    poison: Callable[[Batch], None] | None = None,
+) -> Trainer:
+    """A trainer over a FakeLoader that starts where the plan does."""
+    plan = plan or plan_run(config)
+    start = plan.snapshot.state.position if plan.snapshot else 0
+    return Trainer(config, FakeLoader(config, start, poison), validators, plan=plan)  # type: ignore[arg-type]

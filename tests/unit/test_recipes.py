@@ -1,0 +1,51 @@
+"""The published settings, number by number."""
+
+from __future__ import annotations
+
+import pytest
+
+from cosmos_fast.engine.schedules import total_steps
+from cosmos_fast.recipes import RECIPES, get_recipe
+from cosmos_fast.utils.errors import UserError
+
+PUBLISHED = {  # samples, GPUs, samples a GPU, EMA decay
+    "cc3m": (2_823_019, 16, 64, 0.999),
+    "cc12m": (10_010_225, 128, 32, 0.99),
+    "yfcc15m": (14_065_827, 128, 32, 0.99),
+    "merged30m": (26_899_071, 128, 32, 0.99),
+    "pixelprose": (15_037_386, 128, 32, 0.99),
+}
+
+
+@pytest.mark.parametrize("patch_size", [16, 32])
+@pytest.mark.parametrize("data", PUBLISHED)
+def test_published_setting(data: str, patch_size: int) -> None:
+    samples, gpus, batch, decay = PUBLISHED[data]
+    config = get_recipe(f"{data}_vit_b_{patch_size}")
+    assert config.name == f"{data}_vit_b_{patch_size}"
+    assert (config.run.world_size_hint, config.run.batch_size, config.ema.decay) == (gpus, batch, decay)
+    assert (config.data.samples_per_epoch, config.run.epochs, config.run.accumulate_steps) == (samples, 32, 1)
+    assert config.model.vision.patch_size == patch_size
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (5e-4, (0.9, 0.98), 1e-8)
+    assert (optimizer.weight_decay, optimizer.clip_norm, config.schedule.warmup_steps) == (0.5, None, 2000)
+    views = config.data.views
+    assert (views.global_crops, views.local_crops, views.global_captions, views.local_captions) == (2, 6, 2, 6)
+    assert total_steps(config, samples, gpus) == 32 * samples // (gpus * batch)
+
+
+def test_clip_baseline_differs_from_the_demo_in_objective_and_views_only() -> None:
+    demo, clip = get_recipe("demo"), get_recipe("demo_clip")
+    assert (demo.model.vision, demo.model.text) == (clip.model.vision, clip.model.text)
+    assert (demo.optimizer, demo.data.train) == (clip.optimizer, clip.data.train)
+    assert clip.objective == "clip"
+    assert not clip.model.crossmodal
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'cc12m_vit_b_16'"):
+        get_recipe("cc12m_vitb16")
+
+
+def test_every_recipe_says_what_it_is() -> None:
+    assert all((make.__doc__ or "").strip() for make in RECIPES.values())
