@@ -103,25 +103,23 @@ def test_pixels_of_an_object_have_its_colour() -> None:
 
 
 def test_shapes_are_distinct_at_the_size_of_a_crop() -> None:
-    """Silhouettes of two shapes overlap less (IoU) than those of one shape at two angles, at 16 px."""
-    silhouettes: dict[str, list[np.ndarray]] = {shape: [] for shape in vocabulary.SHAPES}
-    for scene in some_scenes(SceneSettings(seed=5, min_side=128, max_side=192), count=60):
+    """The silhouette most like another one (IoU at 16 px) has the same shape, whatever the angle."""
+    silhouettes, names = [], []
+    for scene in some_scenes(SceneSettings(seed=5, min_side=96, max_side=128), count=100):
         drawing = draw_scene(scene, SMALL)
         for item, box, share in zip(scene.objects, drawing.boxes, drawing.shares, strict=True):
-            if share > 0.99 and len(silhouettes[item.shape]) < 6:
+            if share > 0.99:
                 crop = drawing.mask[box[1] : box[3], box[0] : box[2]] == item.instance
                 rows = np.arange(16) * crop.shape[0] // 16
                 columns = np.arange(16) * crop.shape[1] // 16
-                silhouettes[item.shape].append(crop[np.ix_(rows, columns)])
-
-    def overlap(a: np.ndarray, b: np.ndarray) -> float:
-        return float((a & b).sum() / (a | b).sum())
-
-    for shape, own in silhouettes.items():
-        assert len(own) == 6
-        others = [other for name, all_of in silhouettes.items() if name != shape for other in all_of]
-        for mask in own:
-            assert max(overlap(mask, o) for o in own if o is not mask) > max(overlap(mask, o) for o in others)
+                silhouettes.append(crop[np.ix_(rows, columns)].ravel())
+                names.append(item.shape)
+    flat = np.stack(silhouettes).astype(np.float32)
+    shared, areas = flat @ flat.T, flat.sum(1)
+    overlap = shared / (areas[:, None] + areas[None] - shared)
+    np.fill_diagonal(overlap, 0)
+    nearest = [names[i] for i in overlap.argmax(1)]
+    assert np.mean([a == b for a, b in zip(names, nearest, strict=True)]) > 0.97
 
 
 def test_everything_in_the_vocabulary_occurs() -> None:
@@ -154,7 +152,7 @@ def test_a_centre_crop_keeps_every_object() -> None:
         top, left = (mask.shape[0] - side) // 2, (mask.shape[1] - side) // 2
         cropped = mask[top : top + side, left : left + side]
         for item in scene.objects:
-            assert (cropped == item.instance).sum() > 0.6 * (mask == item.instance).sum()
+            assert (cropped == item.instance).sum() > 0.9 * (mask == item.instance).sum()
 
 
 def mentions(sentence: str, phrase: str) -> bool:

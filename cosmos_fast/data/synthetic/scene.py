@@ -158,7 +158,7 @@ def _lay_out(settings: SceneSettings, split: str, index: int, composition: Compo
 
 
 def _draw_sides(rng: np.random.Generator, settings: SceneSettings) -> tuple[int, int]:
-    """Width and height. Aspect ratios stay below 1.4, so that a centre crop (evaluation) keeps the objects."""
+    """Width and height. Aspect ratios stay below 1.4: beyond the central square there is background only."""
     aspect = math.exp(rng.uniform(0, math.log(min(_MAX_ASPECT, settings.max_side / settings.min_side))))
     short = rng.uniform(settings.min_side, settings.max_side / aspect)
     sides = (round(short * aspect), round(short))
@@ -202,11 +202,14 @@ def _place(
 def _position(
     rng: np.random.Generator, sides: tuple[int, int], cell: tuple[int, int], radius: float
 ) -> tuple[float, float]:
-    """A jittered centre in a cell of a 3x3 grid over the middle of the picture, whole object inside the picture."""
+    """A jittered centre in a cell of a 3x3 grid over the central square, with the whole object inside that square.
+
+    Evaluation crops the central square; what lies outside could not be found there.
+    """
     short = min(sides)
     centre = []
     for side, column in zip(sides, cell, strict=True):
-        span = min(side, 1.15 * short)
-        ideal = (side - span) / 2 + span * (column + 0.5) / 3 + short * float(rng.uniform(-0.04, 0.04))
-        centre.append(min(max(ideal, radius + 1), side - radius - 1))
+        start = (side - short) / 2
+        ideal = start + short * ((column + 0.5) / 3 + float(rng.uniform(-0.04, 0.04)))
+        centre.append(min(max(ideal, start + radius + 1), start + short - radius - 1))
     return centre[0], centre[1]
