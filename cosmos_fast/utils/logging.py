@@ -29,7 +29,10 @@ def log_to_file(path: Path) -> logging.Handler:
     """Append the package's messages to `path`, with times; close with stop_logging_to()."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger(_ROOT).addHandler(handler)
+    logger = logging.getLogger(_ROOT)
+    if logger.level == logging.NOTSET:  # a trainer used as a library, without setup_logging()
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     return handler
 
 
