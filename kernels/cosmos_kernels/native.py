@@ -104,7 +104,11 @@ def _build_note(kind: str) -> str:
         note = json.loads((LIBRARY_DIR / "build.json").read_text())[kind]
     except (OSError, ValueError, KeyError):
         return f"not built: {_MEND}"
-    return f"not built: {note}" if note != "built" else f"built, but {LIBRARIES[kind]} is gone: {_MEND}"
+    return (
+        f"not built: {note}; to change that, {_MEND}"
+        if note != "built"
+        else f"built, but {LIBRARIES[kind]} is gone: {_MEND}"
+    )
 
 
 def why_missing(kind: str) -> str | None:

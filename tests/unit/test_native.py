@@ -38,7 +38,10 @@ def test_not_built_at_all(library_dir):
 
 def test_the_reason_of_the_build_is_passed_on(library_dir):
     (library_dir / "build.json").write_text(json.dumps({"cpu": "no C++ compiler found", "cuda": "built"}))
-    assert native.why_missing("cpu") == "not built: no C++ compiler found"
+    assert (
+        native.why_missing("cpu")
+        == "not built: no C++ compiler found; to change that, reinstall with `pip install -e .`"
+    )
     assert "libcosmos_cuda.so is gone" in native.why_missing("cuda")
 
 
