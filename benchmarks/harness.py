@@ -11,7 +11,9 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -84,18 +86,37 @@ def interleave(
 
 def time_ms(call: Callable[[Inputs], object], inputs: Inputs, device: str) -> float:
     """Milliseconds of one call: CUDA events around its stream, or the wall clock on a CPU."""
-    gc.collect()
-    if torch.device(device).type != "cuda":
-        start = time.perf_counter()
+    with _no_garbage_collection():
+        if torch.device(device).type != "cuda":
+            start = time.perf_counter()
+            call(inputs)
+            return 1e3 * (time.perf_counter() - start)
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        before.record()
         call(inputs)
-        return 1e3 * (time.perf_counter() - start)
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    before.record()
-    call(inputs)
-    after.record()
-    torch.cuda.synchronize(device)
-    return before.elapsed_time(after)
+        after.record()
+        torch.cuda.synchronize(device)
+        return before.elapsed_time(after)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection costs as much as a small step, and would hit either side at random."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def matmul_flops_per_s(device: str, dtype: torch.dtype) -> float:
+    """What the library's matrix product reaches here and now: the rate that a floor of the time is derived from."""
+    side = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    times_ms = [time_ms(partial(torch.mm, a), b, device) for _ in range(MIN_REPEATS)]
+    return 2 * side**3 / (statistics.median(times_ms) / 1e3)
 
 
 def ledger(
@@ -111,8 +132,8 @@ def ledger(
     for repetition in range(warmup + repeats):
         for side, start in sides.items():
             phases = start(repetition)
-            gc.collect()
-            laps = _laps(phases, device)
+            with _no_garbage_collection():
+                laps = _laps(phases, device)
             if repetition >= warmup:
                 for name, lap_ms in laps.items():
                     totals[side][name] = totals[side].get(name, 0.0) + lap_ms

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.eager_cosmos import EagerConfig
+from cosmos_fast.config import ModelConfig, ViewsConfig
+from cosmos_fast.model.flops import sample_flops
 
 GLOBAL_VIEWS, LOCAL_VIEWS = 2, 6
 
@@ -76,6 +78,14 @@ class StepShape:
                 caption[0], caption[length - 1] = end_of_text - 1, end_of_text
                 caption[1 : length - 1] = torch.randint(1, end_of_text - 1, (length - 2,), generator=generator)
         return texts.to(device)
+
+    def flops(self, texts_VBL: Tensor) -> float:
+        """Floating-point operations that a step needs with these captions, whoever does it: see `model.flops`."""
+        views = ViewsConfig(local_image_size=self.local_px)
+        caption_tokens = (texts_VBL.argmax(dim=-1) + 1).double().mean(dim=1).tolist()
+        config = ModelConfig.from_openclip(self.model.to_openclip())
+        counted = sample_flops(config, views, caption_tokens=caption_tokens, global_batch=self.batch)
+        return self.batch * counted.training
 
     def describe(self) -> dict[str, object]:
         """The sizes as they stand in a result row."""

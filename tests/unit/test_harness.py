@@ -16,7 +16,8 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import benchmarks.memory
-from benchmarks import rows
+from benchmarks import bench_step, rows
+from benchmarks.eager_cosmos import EagerTrainer
 from benchmarks.harness import Timing, assert_agree, interleave, ledger
 from benchmarks.memory import peak_mib
 from benchmarks.rows import Row
@@ -180,6 +181,28 @@ def test_inputs_of_a_step_have_the_lengths_that_the_shape_says() -> None:
     assert [tuple(crop.shape[2:]) for crop in shape.images(0)] == [(64, 64)] * 2 + [(32, 32)] * 6
     assert not torch.equal(texts, shape.texts(seed=4))
     assert torch.equal(texts, shape.texts(seed=3))
+
+
+def test_a_whole_step_is_measured_after_both_sides_agree(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    arguments = ["step", "--width", "64", "--layers", "1", "--batch", "2", "--device", "cpu"]
+    result = CliRunner().invoke(bench.command, [*arguments, "--no-memory", "--profile", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    found = {row["metric"]: row for row in json.loads(out.read_text())}
+    phases = ["teacher", "student", "loss", "backward", "optimizer", "other"]
+    total = sum(found[f"phase_ms/{name}"]["value"] for name in phases)
+    assert total == pytest.approx(found["phase_ms/wall"]["value"], rel=1e-3)
+    assert found["step_ms"]["shapes"]["batch"] == 2
+    assert found["step_ms"]["bar"] == 0.65
+    assert found["step_ms"]["ratio"] > 0
+    assert 0 < found["step_ms"]["floor_pct"] < 100
+
+
+def test_a_step_that_disagrees_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EagerTrainer, "update_teacher", lambda self: None)  # the teacher stays behind
+    setting = bench_step.Setting("toy", mini_step(width=64, layers=1, batch=2), "cpu", "fp32")
+    with pytest.raises(AssertionError, match="distillation loss disagrees"):
+        bench_step.check_agreement(setting)
 
 
 def test_the_command_lists_the_benchmarks() -> None:
