@@ -77,8 +77,8 @@ class SceneSet:
 
     def __init__(self, sources: tuple[SourceConfig, ...], max_samples: int | None = None) -> None:
         self.sources = sources
-        self._indexes = [open_source(source) for source in sources]
-        self._places = [(index, i) for index in self._indexes for i in range(len(index))][:max_samples]
+        self.indexes = [open_source(source) for source in sources]
+        self._places = [(index, i) for index in self.indexes for i in range(len(index))][:max_samples]
         self.faults = FaultAccount(max_bad_share=1.0)
         self._cache: list[Scene] | None = None
 
@@ -117,7 +117,7 @@ class SceneSet:
 
     def meta(self) -> Meta | None:
         """The data set's vocabulary; None where no source has a meta.json."""
-        for index in self._indexes:
+        for index in self.indexes:
             for folder in (index.shards[0].parent, index.shards[0].parent.parent):
                 if (folder / "meta.json").is_file():
                     return read_meta(folder / "meta.json")
@@ -135,7 +135,7 @@ class SceneSet:
     def sha256(self) -> str:
         """Digest of the shard files, in order."""
         total = hashlib.sha256()
-        for index in self._indexes:
+        for index in self.indexes:
             for shard in index.shards:
                 total.update(bytes.fromhex(sha256_of(shard)))
         return total.hexdigest()

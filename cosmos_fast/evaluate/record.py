@@ -1,0 +1,67 @@
+"""Results as a JSON-ready record that says what was measured, on what, with what, and how to read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos_fast.evaluate.scenes import SceneSet
+from cosmos_fast.evaluate.tasks import TaskResult
+
+PACKAGES = ("cosmos-fast", "torch", "numpy", "pillow", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores this process may use, memory and accelerator. No host name, no paths."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found: dict[str, Any] = {"cpu": _cpu_model(), "cores": cores, "system": platform.system()}
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def data_record(scenes: SceneSet) -> dict[str, Any]:
+    """Names of the shards (no folders), their digest, and what had to be skipped."""
+    shards = [shard.name for index in scenes.indexes for shard in index.shards]
+    return {"shards": shards, "samples": len(scenes), "skipped": dict(scenes.faults.counts), "sha256": scenes.sha256()}
+
+
+def task_records(results: Mapping[str, TaskResult]) -> dict[str, Any]:
+    """Task -> metrics, chance, protocol."""
+    return {
+        task: {"metrics": result.metrics, "chance": result.chance, "protocol": result.protocol}
+        for task, result in results.items()
+    }
+
+
+def to_json(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
