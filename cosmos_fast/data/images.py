@@ -19,7 +19,7 @@ from cosmos_fast.data.faults import SampleFault
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # other decoders stay closed to untrusted bytes
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # other decoders stay closed to untrusted bytes
 _MAX_PIXELS = 50_000_000
 
 

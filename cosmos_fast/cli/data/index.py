@@ -43,7 +43,11 @@ def open_with_progress(path: str, rebuild: bool = False) -> Index:
 def show(index: Index, console: Console) -> None:
     """Print the summary of one source."""
     summary = summarize(index)
-    console.print(f"{index.source.path}: {summary.samples:,} samples in {summary.shards:,} shards", highlight=False)
+    console.print(
+        f"{index.source.path}: {summary.samples:,} samples in {summary.shards:,} shards",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"index: {index.cache or 'not cached, no writable place'}", highlight=False, soft_wrap=True)
     table = Table("member", "count", "MiB", "mean KiB")
     for extension, (count, size) in sorted(summary.members.items()):
