@@ -53,10 +53,9 @@ def _shaded(rng: np.random.Generator, name: str, width: int, height: int, colour
 
 def _tones_apart(colours: set[str]) -> list[FloatImage]:
     """Tones that every object colour stands out from; the one that does best if there is none."""
-    tones = [np.array(tone, dtype=np.float32) for tone in _TONES]
-    distances = [min(float(np.linalg.norm(tone - np.array(COLOURS[c]))) for c in colours) for tone in tones]
-    apart = [tone for tone, distance in zip(tones, distances, strict=True) if distance >= _MIN_CONTRAST]
-    return apart or [tones[int(np.argmax(distances))]]
+    distances = [min(math.dist(tone, COLOURS[colour]) for colour in colours) for tone in _TONES]
+    apart = [tone for tone, distance in zip(_TONES, distances, strict=True) if distance >= _MIN_CONTRAST]
+    return [np.array(tone, dtype=np.float32) for tone in apart or [_TONES[distances.index(max(distances))]]]
 
 
 def _grass(rng: np.random.Generator, width: int, height: int) -> FloatImage:

@@ -139,7 +139,8 @@ def _lay_out(settings: SceneSettings, split: str, index: int, composition: Compo
     rng = stream(settings, split, index, LAYOUT)
     width, height = _draw_sides(rng, settings)
     colours = {colour for _, colour in composition}
-    background = str(rng.choice([b for b in BACKGROUNDS if not colours & CLASHES.get(b, frozenset())]))
+    backgrounds = [b for b in BACKGROUNDS if not colours & CLASHES.get(b, frozenset())]
+    background = backgrounds[int(rng.integers(len(backgrounds)))]
     quality = int(rng.integers(80, 96))
     placed: list[SceneObject] = []
     pairs = [composition[i] for i in rng.permutation(len(composition))]
@@ -179,7 +180,7 @@ def _place(
     sizes = [list(SIZES)[i] for i in rng.permutation(len(SIZES))]
     if sizes[-1] != "small":  # small again at the end: what fits where nothing else does
         sizes.append("small")
-    texture = str(rng.choice(TEXTURES))
+    texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
     angle = float(rng.uniform(-0.3, 0.3))
     best, best_room = None, -1.0
     for size, cell in itertools.product(sizes, cells[:4]):
