@@ -188,8 +188,7 @@ def test_killed_worker_ends_in_one_clear_line_not_in_a_hang(opened: Any) -> None
         worker.kill()
     start = time.monotonic()
     with pytest.raises(UserError, match="worker died"):
-        for _ in range(100):
-            next(stream)
+        list(islice(stream, 100))
     assert time.monotonic() - start < 30
 
 
