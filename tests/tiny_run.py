@@ -81,5 +81,4 @@ def make_trainer(
 ) -> Trainer:
     """A trainer over a FakeLoader that starts where the plan does."""
     plan = plan or plan_run(config)
-    start = plan.snapshot.state.position if plan.snapshot else 0
-    return Trainer(config, FakeLoader(config, start, poison), validators, plan=plan)  # type: ignore[arg-type]
+    return Trainer(config, FakeLoader(config, plan.state.position, poison), validators, plan=plan)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -100,6 +101,8 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
         trainer.fit()
     finally:
         loader.close()
+    if loader.stats:
+        _log.warning("samples skipped: %s", loader.account.summary())
     done = "finished" if trainer.finished else f"stopped by {trainer.stop.signal_name}, continue with --resume"
     _log.info("%s: %s at step %d of %d", config.name, done, trainer.state.step, trainer.total_steps)
 
@@ -114,12 +117,12 @@ def open_loader(config: TrainConfig, plan: RunPlan, device: str) -> Loader:
         context_length=config.model.text.context_length,
         seed=config.seed,
         batch_size=config.run.batch_size,
-        start_position=plan.snapshot.state.position if plan.snapshot else 0,
+        start_position=plan.state.position,
         device=device,
     )
 
 
-def make_validators(config: TrainConfig) -> list[Validator]:
+def make_validators(config: TrainConfig) -> Sequence[Validator]:
     """Held-out retrieval during training, where evaluate.data is set."""
     if not config.evaluate.data:
         return []

@@ -76,16 +76,23 @@ def save(root: Path, snapshot: Snapshot, keep: int) -> Path:
     return target
 
 
-def load(folder: Path) -> Snapshot:
-    """Read and check one checkpoint. Raises UserError when it is incomplete or damaged."""
+def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Check a whole checkpoint, and read where it stands and its architecture. UserError when it is unusable."""
     problem = find_problem(folder)
     if problem is not None:
         raise UserError(f"checkpoint {folder} is unusable: {problem}")
     with _as_user_error(folder):
         document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return TrainState.from_json(document["state"]), document["model"]
+
+
+def load(folder: Path) -> Snapshot:
+    """Read one checkpoint. UserError when it is incomplete or damaged."""
+    state, model = read_state(folder)
+    with _as_user_error(folder):
+        document = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = {name: load_file(folder / f"{name}.safetensors") for name in _TENSOR_FILES}
-        state = TrainState.from_json(document["state"])
-        return Snapshot(state=state, model=document["model"], rng=document["rng"], **tensors)
+        return Snapshot(state=state, model=model, rng=document["rng"], **tensors)
 
 
 def newest_valid(root: Path) -> Path | None:

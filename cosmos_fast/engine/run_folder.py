@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.config.load import flatten_config
 from cosmos_fast.engine import checkpoint
-from cosmos_fast.engine.checkpoint import Snapshot
 from cosmos_fast.engine.metrics import drop_rows_after
+from cosmos_fast.engine.state import TrainState
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock, write_atomic
 from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
@@ -20,16 +20,21 @@ from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
 _log = get_logger(__name__)
 
 # These change what a run shows or keeps, not what it computes.
-_HARMLESS = ("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads")
-_ALSO_HARMLESS = ("run.out_dir", "run.world_size_hint", "run.max_nonfinite_steps", "data.workers", "data.prefetch")
+_HARMLESS = (
+    *("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads"),
+    *("run.out_dir", "run.world_size_hint", "run.max_nonfinite_steps", "data.workers", "data.prefetch"),
+    *("name", "evaluate."),
+)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run that may begin. snapshot: where it continues, None for a start from scratch."""
+    """A run that may begin. checkpoint: the folder it continues from, None for a start from scratch. state: where it
+    stands."""
 
     folder: Path
-    snapshot: Snapshot | None = None
+    checkpoint: Path | None = None
+    state: TrainState = field(default_factory=TrainState)
     overwrite: bool = False
 
     @property
@@ -52,9 +57,8 @@ class RunPlan:
         with FolderLock(self.folder):
             if self.overwrite:
                 _clear(self.folder)
-            step = self.snapshot.state.step if self.snapshot else 0
-            checkpoint.supersede_after(self.checkpoints, step)
-            drop_rows_after(self.metrics_file, step if self.snapshot else -1)
+            checkpoint.supersede_after(self.checkpoints, self.state.step)
+            drop_rows_after(self.metrics_file, self.state.step)
             write_atomic(self.folder / "config.yaml", dump_config(config))
             handler = log_to_file(self.folder / "log.txt")
             try:
@@ -82,19 +86,19 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
                 f"{folder} already holds checkpoints up to {held[-1].name}: continue with --resume, "
                 "choose another folder with --set name=..., or remove them with --overwrite"
             )
-        return RunPlan(folder, None, overwrite)
+        return RunPlan(folder, overwrite=overwrite)
     found = _find_checkpoint(folder, resume)
     if found is None:
         _log.info("no checkpoint in %s yet: starting from scratch", folder)
         return RunPlan(folder)
     if held and found.parent.resolve() != (folder / "checkpoints").resolve():
         raise UserError(f"{folder} holds checkpoints of its own: to start it from {found}, set another name=...")
-    snapshot = checkpoint.load(found)
-    if snapshot.model != config.model.to_openclip():
+    state, model = checkpoint.read_state(found)
+    if model != config.model.to_openclip():
         raise UserError(f"checkpoint {found} is of another architecture than model.*: resume with the same model")
     _warn_of_changes(found.parent.parent / "config.yaml", config)
     _log.info("continuing from %s", found)
-    return RunPlan(folder, snapshot)
+    return RunPlan(folder, found, state)
 
 
 def _find_checkpoint(folder: Path, resume: str) -> Path | None:
@@ -120,7 +124,7 @@ def _warn_of_changes(stored: Path, config: TrainConfig) -> None:
         _log.warning("%s", error)
         return
     after = flatten_config(config)
-    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_HARMLESS + _ALSO_HARMLESS)]
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_HARMLESS)]
     if changed:
         described = ", ".join(f"{key}: {before.get(key)} -> {after[key]}" for key in changed)
         _log.warning("settings changed since the checkpoint, the run will not be the same: %s", described)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.data.loader import Loader
+from cosmos_fast.engine.checkpoint import load
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
@@ -37,7 +39,7 @@ class Trainer:
 
     Args:
         config: the run.
-        loader: batches of this rank from plan.snapshot's position on, without end.
+        loader: batches of this rank from plan.state.position on, without end.
         validators: called every run.evaluate_every_steps with (step, student, teacher).
         plan: from plan_run(); None starts from scratch.
         flops_per_sample: of a forward and backward pass of all views, for the metrics.
@@ -91,9 +93,9 @@ class Trainer:
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
         self.optimizer = build_optimizer(config, self.student, self.teacher)
-        self.state = TrainState()
-        if self.plan.snapshot is not None:
-            self._restore()
+        self.state = replace(self.plan.state)
+        if self.plan.checkpoint is not None:
+            self._restore(self.plan.checkpoint)
         self.metrics = Metrics([])
         self.stop = StopRequest()
         run = config.run
@@ -186,13 +188,11 @@ class Trainer:
         state.skipped += not applied
         state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + 1
 
-    def _restore(self) -> None:
-        snapshot = self.plan.snapshot
-        assert snapshot is not None
+    def _restore(self, folder: Path) -> None:
+        snapshot = load(folder)
         self.student.load_reference_state_dict(snapshot.student)
         self.teacher.load_reference_state_dict(snapshot.teacher)
         self.optimizer.load_state_dict(snapshot.optimizer)
-        self.state = snapshot.state
         set_rng_state(snapshot.rng)
 
     @contextmanager

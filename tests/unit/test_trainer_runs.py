@@ -1,0 +1,212 @@
+"""Stopping, resuming, and who may write into a run folder."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine import checkpoint
+from cosmos_fast.engine.metrics import read_rows
+from cosmos_fast.engine.run_folder import plan_run
+from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import FolderLock
+from tests.tiny_run import make_trainer, tiny_config
+
+
+def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
+    return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [row["loss"] for row in rows_of(trainer)]
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_finishes_the_step_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+
+    def poison(batch: Batch) -> None:
+        if batch.position == 8:
+            os.kill(os.getpid(), number)  # arrives while the third step's data is fetched
+
+    trainer = make_trainer(tiny_config(tmp_path), poison=poison)
+    state = trainer.fit()
+    assert (state.step, trainer.stop.signal_name, trainer.finished) == (3, number.name, False)
+    newest = checkpoint.newest_valid(trainer.plan.checkpoints)
+    assert newest is not None
+    assert newest.name == "step_00000003"
+    assert signal.getsignal(number) == before
+
+
+def test_signal_during_a_save_is_answered_by_a_checkpoint_too(tmp_path: Path, monkeypatch) -> None:
+    real_save = checkpoint.save
+
+    def save(root: Path, snapshot: checkpoint.Snapshot, keep: int) -> Path:
+        if snapshot.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_save(root, snapshot, keep)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    trainer = make_trainer(tiny_config(tmp_path, "run.checkpoint_every_steps=2"))
+    state = trainer.fit()
+    assert trainer.checkpointer.saved_step == state.step
+    assert state.step < 6
+
+
+def test_full_disk_stops_with_one_line_and_the_run_can_go_on(tmp_path: Path, monkeypatch) -> None:
+    config = tiny_config(tmp_path, "run.checkpoint_every_steps=2")
+    real_save_file = checkpoint.save_file
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        if "step_00000004" in str(path) and path.stem == "teacher":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", save_file)
+        with pytest.raises(UserError, match="make room, then continue with --resume"):
+            make_trainer(config).fit()
+    plan = plan_run(config, resume="auto")
+    assert plan.state.step == 2
+    resumed = make_trainer(config, plan=plan)
+    resumed.fit()
+    whole = make_trainer(replace(config, name="whole"))
+    whole.fit()
+    assert losses_of(resumed) == losses_of(whole)  # also: rows of steps 3 and 4 are there once
+    assert torch.equal(flat(resumed.student), flat(whole.student))
+
+
+@pytest.mark.parametrize("extra", [(), ("run.accumulate_steps=2", "ema.schedule=cosine", "optimizer.clip_norm=0.1")])
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(extra: tuple[str, ...], tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "run.max_steps=9", "run.checkpoint_every_steps=2", *extra)
+    whole = make_trainer(replace(config, name="whole"))
+    whole.fit()
+
+    def poison(batch: Batch) -> None:
+        if whole.state.position // 2 <= batch.position:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(config, poison=poison).fit()
+    plan = plan_run(config, resume="auto")
+    resumed = make_trainer(config, plan=plan)
+    assert 0 < resumed.state.step < 9
+    resumed.fit()
+    timeless = ("step", "loss", "clip_loss", "distill_loss", "lr", "ema_decay", "grad_norm", "epoch", "logit_scale")
+    for a, b in zip(rows_of(whole), rows_of(resumed), strict=True):
+        assert {key: a[key] for key in timeless} == {key: b[key] for key in timeless}
+    for name in ("student", "teacher"):
+        assert torch.equal(flat(getattr(whole, name)), flat(getattr(resumed, name)))
+
+
+def test_existing_run_needs_resume_or_overwrite(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    make_trainer(config).fit()
+    with pytest.raises(UserError, match=r"step_00000006: continue with --resume.*--overwrite"):
+        plan_run(config)
+    with pytest.raises(UserError, match="give one of them"):
+        plan_run(config, "auto", overwrite=True)
+    keep = tmp_path / "demo" / "notes.txt"
+    keep.write_text("mine")
+    again = make_trainer(replace(config, seed=1), plan=plan_run(replace(config, seed=1), overwrite=True))
+    assert checkpoint.list_checkpoints(again.plan.checkpoints)  # planning and building touch nothing
+    again.fit()
+    assert len(rows_of(again)) == 6
+    assert keep.read_text() == "mine"
+
+
+def test_resume_from_a_path(tmp_path: Path, caplog) -> None:
+    config = tiny_config(tmp_path, "run.checkpoint_every_steps=2", "run.keep_checkpoints=9")
+    whole = make_trainer(config)
+    whole.fit()
+    expected = losses_of(whole)
+    early = whole.plan.checkpoints / "step_00000002"
+    branch = replace(config, name="branch", optimizer=replace(config.optimizer, lr=0.1))
+    with caplog.at_level("WARNING", logger="cosmos_fast"):
+        branched = make_trainer(branch, plan=plan_run(branch, str(early)))
+    assert "optimizer.lr: 0.001 -> 0.1" in caplog.text
+    branched.fit()
+    assert [row["step"] for row in rows_of(branched)] == [3, 4, 5, 6]
+    again = make_trainer(config, plan=plan_run(config, str(early)))
+    again.fit()
+    assert losses_of(again) == expected
+    assert (whole.plan.checkpoints / "superseded_step_00000004").is_dir()
+    with pytest.raises(UserError, match="holds checkpoints of its own"):
+        plan_run(branch, str(early))
+    with pytest.raises(UserError, match="does not exist"):
+        plan_run(config, str(tmp_path / "nowhere"))
+
+
+def test_resume_with_another_architecture_is_refused(tmp_path: Path) -> None:
+    make_trainer(tiny_config(tmp_path)).fit()
+    with pytest.raises(UserError, match="another architecture"):
+        plan_run(tiny_config(tmp_path, "model.text.layers=3"), "auto")
+
+
+def test_resume_before_the_first_checkpoint_starts_from_scratch(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    plan = plan_run(config, "auto")
+    assert plan.checkpoint is None
+    trainer = make_trainer(config, plan=plan)
+    trainer.fit()
+    finished = make_trainer(config, plan=plan_run(config, "auto"))
+    assert finished.fit().step == 6  # nothing left to do
+    assert len(rows_of(finished)) == 6
+
+
+def test_two_trainers_cannot_share_a_folder(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path))
+    trainer.plan.folder.mkdir(parents=True)
+    child = os.fork()
+    if child == 0:  # record locks are per process
+        with FolderLock(trainer.plan.folder):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    os.waitpid(child, os.WUNTRACED)
+    try:
+        with pytest.raises(UserError, match="another process is training"):
+            trainer.fit()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    trainer.fit()
+
+
+def test_wandb_run_is_continued_by_a_resumed_one(tmp_path: Path, monkeypatch) -> None:
+    started: list[dict] = []
+    logged: list[tuple[int, dict]] = []
+
+    class Run:
+        def log(self, numbers: dict, step: int) -> None:
+            logged.append((step, numbers))
+
+        def finish(self) -> None:
+            logged.append((-1, {}))
+
+    def init(**settings: object) -> Run:
+        started.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = tiny_config(tmp_path, "run.wandb=true", "run.max_steps=2")
+    trainer = make_trainer(config)
+    trainer.fit()
+    assert [step for step, _ in logged] == [1, 2, -1]
+    assert logged[1][1]["train/loss"] == losses_of(trainer)[1]
+    make_trainer(config, plan=plan_run(config, "auto")).fit()
+    assert started[0]["id"] == started[1]["id"]
+    assert started[1]["resume"] == "allow"
