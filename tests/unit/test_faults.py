@@ -15,7 +15,7 @@ import torch
 from cosmos_fast.config import DataConfig, SourceConfig, ViewsConfig
 from cosmos_fast.data import faults
 from cosmos_fast.data.batch import Batch
-from cosmos_fast.data.faults import WINDOW_SAMPLES, Fault, FaultAccount
+from cosmos_fast.data.faults import Fault, FaultAccount
 from cosmos_fast.data.loader import Loader, build_loader
 from cosmos_fast.data.sample import MAX_ATTEMPTS
 from cosmos_fast.utils.errors import UserError
@@ -172,11 +172,11 @@ def test_share_is_taken_over_a_window() -> None:
         steady.settle(96, bad(4))
     assert steady.counts[faults.BAD_JSON] == 400
     late = FaultAccount(0.05)
-    late.settle(1_000_000, [])
-    for _ in range(WINDOW_SAMPLES // 40):  # turns bad in the middle
-        late.settle(8, bad(2))
+    for _ in range(1000):
+        late.settle(100, [])
+    late.settle(100, bad(40))  # turns bad in the middle
     with pytest.raises(UserError):
-        late.settle(8, bad(2))
+        late.settle(100, bad(20))
 
 
 def test_log_names_each_once_and_does_not_flood(caplog: pytest.LogCaptureFixture) -> None:
