@@ -33,7 +33,8 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "error: no Python 3.10 or newer found; install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
 	  exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "error: $(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 
 $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
 	@rm -f $(VENV)/.installed-*
@@ -48,7 +49,7 @@ demo: setup
 	$(BIN)/cosmos-fast data synth --out data/demo --train 4000 --heldout 500 --seed 0
 	$(BIN)/cosmos-fast train --recipe demo
 	$(BIN)/cosmos-fast train --recipe demo_clip
-	$(BIN)/cosmos-fast eval report --data data/demo --cosmos runs/demo_cosmos --clip runs/demo_clip --out runs/demo
+	$(BIN)/cosmos-fast eval report --cosmos runs/demo --clip runs/demo_clip --data data/demo/heldout --out runs/demo
 
 test: setup
 	$(BIN)/python -m pytest
