@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import benchmarks.memory
-from benchmarks import bench_step, rows
+from benchmarks import bench_infonce, bench_pool, bench_step, rows
 from benchmarks.eager_cosmos import EagerTrainer
 from benchmarks.harness import Timing, assert_agree, interleave, ledger
 from benchmarks.memory import peak_mib
@@ -203,6 +203,11 @@ def test_a_step_that_disagrees_is_not_measured(tmp_path: Path, monkeypatch: pyte
     setting = bench_step.Setting("toy", mini_step(width=64, layers=1, batch=2), "cpu", "fp32")
     with pytest.raises(AssertionError, match="distillation loss disagrees"):
         bench_step.check_agreement(setting)
+
+
+def test_the_single_operations_agree_with_the_eager_port_in_double_precision() -> None:
+    bench_infonce.check(batch=3, dim=17, device="cpu", backend="auto")
+    bench_pool.check(batch=1, length=5, dim=24, device="cpu")
 
 
 def test_the_command_lists_the_benchmarks() -> None:
