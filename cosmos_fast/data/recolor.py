@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,18 +26,19 @@ _NUMBER = {"none": -1, **{operation: number for number, operation in enumerate(J
 
 
 class ColorNumbers(NamedTuple):
-    """One row a crop, on the host. order: int64 [N, 4], numbers of JITTER_OPS in the order to apply, -1 for none.
+    """One row a crop, on the host: which crops an operation is for is never asked of a GPU.
 
-    amount: float32 [N, 4], beside `order`. gray, flip: bool [N]. blur_radius: float32 [N], pixels, 0 for none.
-    solarize_threshold: float32 [N], NO_SOLARIZE for none.
+    order: int64 [N, 4], numbers of JITTER_OPS in the order to apply, -1 for none. amount: float32 [N, 4], beside
+    `order`. gray, flip: bool [N]. blur_radius: float32 [N], pixels, 0 for none. solarize_threshold: float32 [N],
+    NO_SOLARIZE for none.
     """
 
-    order: torch.Tensor
-    amount: torch.Tensor
-    gray: torch.Tensor
-    blur_radius: torch.Tensor
-    solarize_threshold: torch.Tensor
-    flip: torch.Tensor
+    order: np.ndarray
+    amount: np.ndarray
+    gray: np.ndarray
+    blur_radius: np.ndarray
+    solarize_threshold: np.ndarray
+    flip: np.ndarray
 
 
 def color_numbers(views: Sequence[ViewNumbers]) -> ColorNumbers:
@@ -45,12 +47,12 @@ def color_numbers(views: Sequence[ViewNumbers]) -> ColorNumbers:
     jitters = [[*view.jitter, *[_NO_JITTER] * (slots - len(view.jitter))] for view in views]
     thresholds = [NO_SOLARIZE if view.solarize_threshold is None else view.solarize_threshold for view in views]
     return ColorNumbers(
-        order=torch.tensor([[_NUMBER[operation] for operation, _ in jitter] for jitter in jitters]),
-        amount=torch.tensor([[amount for _, amount in jitter] for jitter in jitters]),
-        gray=torch.tensor([view.gray for view in views]),
-        blur_radius=torch.tensor([view.blur_radius for view in views]),
-        solarize_threshold=torch.tensor(thresholds, dtype=torch.float32),
-        flip=torch.tensor([view.flip for view in views]),
+        order=np.array([[_NUMBER[operation] for operation, _ in jitter] for jitter in jitters]),
+        amount=np.array([[amount for _, amount in jitter] for jitter in jitters], dtype=np.float32),
+        gray=np.array([view.gray for view in views]),
+        blur_radius=np.array([view.blur_radius for view in views], dtype=np.float32),
+        solarize_threshold=np.array(thresholds, dtype=np.float32),
+        flip=np.array([view.flip for view in views]),
     )
 
 
@@ -60,7 +62,8 @@ def recolor_(pixels: torch.Tensor, numbers: ColorNumbers) -> torch.Tensor:
     chunk = count if pixels.is_cuda else max(1, _CHUNK_VALUES // pixels[0].numel())
     for start in range(0, count, chunk):
         part = slice(start, start + chunk)
-        pixels[part] = _recolor(pixels[part].float(), ColorNumbers(*(column[part] for column in numbers)))
+        x = _recolor(pixels[part].float(), ColorNumbers(*(column[part] for column in numbers)))
+        pixels[part] = x.int()  # float to 8 bits in one step is three times as slow on a CPU
     return pixels
 
 
@@ -76,22 +79,22 @@ def _recolor(x: torch.Tensor, numbers: ColorNumbers) -> torch.Tensor:
 
 
 def _on_rows(
-    x: torch.Tensor, chosen: torch.Tensor, change: Callable[..., torch.Tensor], amount: torch.Tensor | None
+    x: torch.Tensor, chosen: np.ndarray, change: Callable[..., torch.Tensor], amount: np.ndarray | None
 ) -> torch.Tensor:
-    """`x` with the chosen rows changed; `chosen` and `amount` lie on the host, so that a GPU is not waited for."""
-    rows = chosen.nonzero().squeeze(1)
+    """`x` with the chosen rows changed. chosen: bool [N]. amount: float32 [N], its chosen rows go to `change`."""
+    rows = np.flatnonzero(chosen)
     if len(rows) == 0:
         return x
     arguments = () if amount is None else (amount[rows],)
     if len(rows) == len(x):
         return change(x, *arguments)
-    there = rows.to(x.device, non_blocking=True)
+    there = torch.from_numpy(rows).to(x.device, non_blocking=True)
     x[there] = change(x[there], *arguments)
     return x
 
 
-def _column(amount: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return amount.to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+def _column(amount: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(amount).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def _luma(x: torch.Tensor) -> torch.Tensor:
@@ -100,25 +103,25 @@ def _luma(x: torch.Tensor) -> torch.Tensor:
     return ((r * 19595 + g * 38470 + b * 7471 + 32768) / 65536).floor_().unsqueeze(1)
 
 
-def _blend(degenerate: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _blend(degenerate: torch.Tensor, x: torch.Tensor, factor: np.ndarray) -> torch.Tensor:
     return (x - degenerate).mul_(_column(factor, x)).add_(degenerate).clamp_(0, 255).floor_()
 
 
-def _brightness(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _brightness(x: torch.Tensor, factor: np.ndarray) -> torch.Tensor:
     return (x * _column(factor, x)).clamp_(0, 255).floor_()
 
 
-def _contrast(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _contrast(x: torch.Tensor, factor: np.ndarray) -> torch.Tensor:
     # float64 sums of whole numbers are exact, so the mean does not depend on how they were added up
     mean = _luma(x).sum((1, 2, 3), keepdim=True, dtype=torch.float64) / x[0, 0].numel()
     return _blend((mean + 0.5).floor().float(), x, factor)
 
 
-def _saturation(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def _saturation(x: torch.Tensor, factor: np.ndarray) -> torch.Tensor:
     return _blend(_luma(x), x, factor)
 
 
-def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+def _hue(x: torch.Tensor, turns: np.ndarray) -> torch.Tensor:
     """Shift the hue of HSV, with hue and saturation rounded down to 8 bits as PIL stores them."""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
@@ -127,7 +130,7 @@ def _hue(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     above = torch.where(g == value, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4))
     hue = torch.where(r == value, g - b, above).div_(chroma.clamp(min=1)).div_(6)
     hue = hue.sub_(hue.floor()).mul_(255).floor_()
-    hue.add_(_column((turns * 255).trunc() + 256, x).squeeze(1))
+    hue.add_(_column(np.trunc(turns * 255) + 256, x).squeeze(1))
     hue.sub_((hue / 256).floor_().mul_(256)).mul_(6 / 255)
     saturation = (chroma * 255).div_(value.clamp(min=1)).floor_().div_(255)
     # every channel falls from the value by value * saturation times a trapezoid of its distance in hue
@@ -142,7 +145,7 @@ def _gray(x: torch.Tensor) -> torch.Tensor:
     return _luma(x).expand_as(x).contiguous()
 
 
-def _solarize(x: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+def _solarize(x: torch.Tensor, threshold: np.ndarray) -> torch.Tensor:
     return torch.where(x < _column(threshold, x), x, 255 - x)
 
 
@@ -150,19 +153,19 @@ def _flip(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1)
 
 
-def _blur(x: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+def _blur(x: torch.Tensor, radius: np.ndarray) -> torch.Tensor:
     """Gaussian of standard deviation `radius` as PIL makes it: three box blurs an axis, rounded each time.
 
     Extended box blur (Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering",
     2011): a box of whole half-width `half` whose end taps are scaled by `end`, so that its variance is exact.
     """
-    variance = radius.double().square() / _BLUR_PASSES
-    half = ((12 * variance + 1).sqrt() - 1).div(2).floor()
-    end = (2 * half + 1) * (half * (half + 1) - 3 * variance) / (6 * (variance - (half + 1).square()))
+    variance = radius.astype(np.float64) ** 2 / _BLUR_PASSES
+    half = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    end = (2 * half + 1) * (half * (half + 1) - 3 * variance) / (6 * (variance - (half + 1) ** 2))
     reach = int(half.max()) + 1
-    steps = torch.arange(reach + 1).view(-1, 1)
-    taps = torch.where(steps <= half, 1.0, torch.where(steps == half + 1, end, 0.0)) / (2 * (half + end) + 1)
-    weights = [_column(tap.float(), x) for tap in taps]
+    steps = np.arange(reach + 1)[:, None]
+    taps = np.where(steps <= half, 1.0, np.where(steps == half + 1, end, 0.0)) / (2 * (half + end) + 1)
+    weights = [_column(tap, x) for tap in taps.astype(np.float32)]
     for axis, padding in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         length = x.shape[axis]
         for _ in range(_BLUR_PASSES):
