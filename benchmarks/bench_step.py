@@ -21,7 +21,6 @@ from benchmarks.memory import peak_mib
 from benchmarks.product import ProductTrainer
 from benchmarks.rows import Row
 from benchmarks.shapes import StepShape, mini_step, vit_b_16_step
-from cosmos_fast.utils.errors import UserError
 
 LEARNING_RATE = 1e-4
 CHECK_EMA_DECAY = 0.5
@@ -177,7 +176,7 @@ def make_setting(model: str, width: int, layers: int, batch: int | None, device:
     if precision == "auto":
         precision = "bf16" if device == "cuda" else "fp32"
     if width % 64:
-        raise UserError(f"--width {width}: heads are 64 wide, give a multiple of 64")
+        raise click.BadParameter(f"{width}: heads are 64 wide, give a multiple of 64", param_hint="--width")
     shape = mini_step(width, layers, batch or 16) if model == "mini" else vit_b_16_step(batch or 256)
     return Setting(f"step_{model.replace('-', '_').lower()}", shape, device, precision)
 
