@@ -113,8 +113,10 @@ class Validation:
         trainer.student.train()
         set_rng_state(generators)
         trainer.metrics.write(row)
-        numbers = "  ".join(f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float))
-        _log.info("evaluated at step %d  %s", step, numbers)
+        numbers = {key: value for key, value in row.items() if isinstance(value, float)}
+        headline = {key: value for key, value in numbers.items() if key.endswith("_r1")} or numbers
+        described = "  ".join(f"{key} {value:.4g}" for key, value in headline.items())
+        _log.info("evaluated at step %d  %s", step, described)
 
 
 class Checkpointer:
@@ -126,10 +128,12 @@ class Checkpointer:
         self.saved_step: int | None = None
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
-        """Write a checkpoint of the trainer."""
-        step = trainer.state.step
-        if not _due(step, self._every_steps, trainer.finished or trainer.stop.requested):
-            return
+        """Save when it is time."""
+        if _due(trainer.state.step, self._every_steps, trainer.finished or trainer.stop.requested):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the trainer, which must be between two steps."""
         snapshot = Snapshot(
             student=trainer.student.state_dict(),
             teacher=trainer.teacher.state_dict(),
@@ -139,7 +143,7 @@ class Checkpointer:
             rng=rng_state(),
         )
         folder = checkpoint.save(trainer.plan.checkpoints, snapshot, self._keep)
-        self.saved_step = step
+        self.saved_step = trainer.state.step
         _log.info("saved %s", folder)
 
 

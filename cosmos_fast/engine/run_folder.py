@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,9 @@ class RunPlan:
             handler = log_to_file(self.folder / "log.txt")
             try:
                 yield
+            except BaseException as error:
+                _log_reason(handler, error)
+                raise
             finally:
                 stop_logging_to(handler)
 
@@ -130,9 +134,20 @@ def _warn_of_changes(stored: Path, config: TrainConfig) -> None:
         _log.warning("settings changed since the checkpoint, the run will not be the same: %s", described)
 
 
+def _log_reason(handler: logging.Handler, error: BaseException) -> None:
+    """Leave the end of a run in log.txt only: on the terminal the command reports it."""
+    message = f"{type(error).__name__}: {error}"
+    handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, message, None, None))
+
+
 def _clear(folder: Path) -> None:
     """Remove what a former run wrote, and nothing else."""
     for name in ("checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for path in (folder / "metrics.jsonl", folder / "log.txt", *folder.glob("nonfinite_step_*.json")):
+    for path in (
+        folder / "metrics.jsonl",
+        folder / "log.txt",
+        folder / "wandb_id",
+        *folder.glob("nonfinite_step_*.json"),
+    ):
         path.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.model import CosmosModel, create_model
+from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
 from cosmos_fast.utils.signals import StopRequest
 from cosmos_fast.utils.timing import Stopwatch
@@ -118,7 +119,7 @@ class Trainer:
             batches = iter(self.loader)
             watch = Stopwatch()
             while not self.finished:
-                micro_batches = list(islice(batches, self.config.run.accumulate_steps))
+                micro_batches = self._fetch(batches)
                 data_ms = watch.lap_ms()
                 outcome = self.train_step(micro_batches, data_ms)
                 for hook in self.hooks:
@@ -157,6 +158,15 @@ class Trainer:
             step_ms=watch.lap_ms(),
             keys=[key for batch in micro_batches for key in batch.keys],
         )
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of one step. Data too bad to go on is no reason to lose the steps since the last save."""
+        try:
+            return list(islice(batches, self.config.run.accumulate_steps))
+        except UserError:
+            if self.state.step > self.plan.state.step:
+                self.checkpointer.save(self)
+            raise
 
     def scales(self) -> dict[str, float]:
         """The temperatures of the losses, exponentiated."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -13,7 +14,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Inside `with StopRequest() as stop:`, SIGTERM and SIGUSR1 only set `stop.signal_name`.
 
-    Must be entered in the main thread. A second signal acts as it would have without this.
+    A second signal acts as it would have without this. Outside the main thread, where Python allows no handlers, it
+    does nothing.
     """
 
     def __init__(self) -> None:
@@ -27,6 +29,8 @@ class StopRequest:
         return self.signal_name is not None
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,3 +211,44 @@ def test_wandb_run_is_continued_by_a_resumed_one(tmp_path: Path, monkeypatch) ->
     make_trainer(config, plan=plan_run(config, "auto")).fit()
     assert started[0]["id"] == started[1]["id"]
     assert started[1]["resume"] == "allow"
+
+
+def test_data_that_turns_bad_stops_the_run_but_loses_no_step(tmp_path: Path) -> None:
+    def poison(batch: Batch) -> None:
+        if batch.position == 16:
+            raise UserError("too many bad samples")
+
+    config = tiny_config(tmp_path)
+    trainer = make_trainer(config, poison=poison)
+    with pytest.raises(UserError, match="too many bad samples"):
+        trainer.fit()
+    assert plan_run(config, "auto").state.step == 4
+    assert "UserError: too many bad samples" in (trainer.plan.folder / "log.txt").read_text().splitlines()[-1]
+
+
+def test_a_second_signal_is_not_caught(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    def poison(batch: Batch) -> None:
+        if batch.position == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, die)
+    try:
+        with pytest.raises(Killed):
+            make_trainer(tiny_config(tmp_path), poison=poison).fit()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_trains_outside_the_main_thread(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path))
+    thread = threading.Thread(target=trainer.fit)
+    thread.start()
+    thread.join()
+    assert trainer.finished
