@@ -10,6 +10,7 @@ import torch
 
 from cosmos_fast.config import TrainConfig, load_config
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine.metrics import read_rows
 from cosmos_fast.engine.run_folder import RunPlan, plan_run
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.recipes import get_recipe
@@ -82,3 +83,18 @@ def make_trainer(
     """A trainer over a FakeLoader that starts where the plan does."""
     plan = plan or plan_run(config)
     return Trainer(config, FakeLoader(config, plan.state.position, poison), validators, plan=plan)  # type: ignore[arg-type]
+
+
+def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
+    """Rows of metrics.jsonl."""
+    return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    """Loss of every logged step."""
+    return [row["loss"] for row in rows_of(trainer)]
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -11,23 +11,9 @@ import pytest
 import torch
 
 from cosmos_fast.data.batch import Batch
-from cosmos_fast.engine.metrics import read_rows
-from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.utils.errors import UserError
-from tests.tiny_run import make_batch, make_trainer, tiny_config
-
-
-def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
-    return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in rows_of(trainer)]
-
-
-def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from tests.tiny_run import flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_clip"])

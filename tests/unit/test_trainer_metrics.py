@@ -13,22 +13,9 @@ import torch
 from cosmos_fast.config import load_config
 from cosmos_fast.engine.metrics import drop_rows_after, read_rows
 from cosmos_fast.engine.run_folder import plan_run
-from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.model import load_checkpoint
 from cosmos_fast.utils.errors import UserError
-from tests.tiny_run import make_trainer, tiny_config
-
-
-def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
-    return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in rows_of(trainer)]
-
-
-def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from tests.tiny_run import flat, losses_of, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_clip"])

@@ -5,35 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine import checkpoint
-from cosmos_fast.engine.metrics import read_rows
 from cosmos_fast.engine.run_folder import plan_run
-from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock
-from tests.tiny_run import make_trainer, tiny_config
-
-
-def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
-    return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]
-
-
-def losses_of(trainer: Trainer) -> list[float]:
-    return [row["loss"] for row in rows_of(trainer)]
-
-
-def flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+from tests.tiny_run import flat, losses_of, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -185,32 +169,6 @@ def test_two_trainers_cannot_share_a_folder(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     trainer.fit()
-
-
-def test_wandb_run_is_continued_by_a_resumed_one(tmp_path: Path, monkeypatch) -> None:
-    started: list[dict] = []
-    logged: list[tuple[int, dict]] = []
-
-    class Run:
-        def log(self, numbers: dict, step: int) -> None:
-            logged.append((step, numbers))
-
-        def finish(self) -> None:
-            logged.append((-1, {}))
-
-    def init(**settings: object) -> Run:
-        started.append(settings)
-        return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    config = tiny_config(tmp_path, "run.wandb=true", "run.max_steps=2")
-    trainer = make_trainer(config)
-    trainer.fit()
-    assert [step for step, _ in logged] == [1, 2, -1]
-    assert logged[1][1]["train/loss"] == losses_of(trainer)[1]
-    make_trainer(config, plan=plan_run(config, "auto")).fit()
-    assert started[0]["id"] == started[1]["id"]
-    assert started[1]["resume"] == "allow"
 
 
 def test_data_that_turns_bad_stops_the_run_but_loses_no_step(tmp_path: Path) -> None:
