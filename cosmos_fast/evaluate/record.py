@@ -32,12 +32,11 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """Processor, cores this process may use, memory and accelerator. No host name, no paths."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found: dict[str, Any] = {"cpu": _cpu_model(), "cores": cores, "system": platform.system()}
+    memory = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": _cpu_model(), "cores": cores, "memory_gib": memory, "gpu": gpu, "system": platform.system()}
 
 
 def _cpu_model() -> str:

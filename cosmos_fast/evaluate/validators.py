@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cosmos_fast.config.train import TrainConfig
 from cosmos_fast.data.images import eval_crop, normalize
 from cosmos_fast.data.tokenizer import tokenize
+from cosmos_fast.evaluate.chance import retrieval_chance
 from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
 from cosmos_fast.evaluate.scenes import SceneSet
@@ -31,7 +32,7 @@ def build_validators(config: TrainConfig) -> list[Validator]:
 
 
 class RetrievalValidator:
-    """Callable (step, student, teacher) -> `student_i2t_r1`, ..., `teacher_t2i_median_rank`.
+    """Callable (step, student, teacher) -> `student_i2t_r1`, ..., `teacher_t2i_median_rank`, `chance_i2t_r1`, ...
 
     Pixels (as bytes) and token ids are made once and kept, so that a call only runs the two models.
     """
@@ -51,9 +52,10 @@ class RetrievalValidator:
         order = sorted(range(len(texts)), key=lambda j: len(texts[j]))
         self.tokens_ML = tokenize([texts[j] for j in order], config.model.text.context_length)
         self.owner_M = torch.tensor([owner[j] for j in order])
+        self.chance = retrieval_chance(torch.bincount(self.owner_M).tolist())
 
     def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
-        metrics: dict[str, float] = {}
+        metrics = {f"chance_{key}": self.chance[key] for key in ("i2t_r1", "t2i_r1")}
         for name, model in (("student", student), ("teacher", teacher)):
             for key, value in self._retrieval(model).items():
                 if key.split("_", 1)[1] in KEPT:

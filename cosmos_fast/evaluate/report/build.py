@@ -55,7 +55,7 @@ def chance_multiple(results: Results) -> float:
 def build_files(inputs: Inputs) -> dict[str, bytes]:
     """Relative name -> bytes: report.html, results.json, plots/*.png."""
     flat = flat_results(inputs.results)
-    drawn = plots.training_plots(inputs.cosmos, inputs.clip, flat[findings.CHANCE])
+    drawn = plots.training_plots(inputs.cosmos, inputs.clip)
     files = {f"plots/{plot.key}.png": plot.png["light"] for plot in drawn}
     files["results.json"] = record.to_json(results_record(inputs, flat)).encode()
     files["report.html"] = page.render(page_content(inputs, flat, drawn)).encode()

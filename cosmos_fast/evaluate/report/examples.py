@@ -37,11 +37,12 @@ class Guess:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A query, its best answers, and the rank of the first right one."""
+    """A query, its best answers, and the rank of the first right one (`right_text`, for image queries)."""
 
     guesses: list[Guess]
     rank: int
     text: str = ""
+    right_text: str = ""
     picture: bytes = b""
 
 
@@ -86,8 +87,9 @@ def image_queries(pairs: PairFeatures, scenes: Sequence[Scene], top: int = 3) ->
         guesses = [
             Guess(bool(right[k]), float(scores_M[j]), text=pairs.texts[int(j)]) for k, j in enumerate(order[:top])
         ]
-        picture = pictures.jpeg(pictures.enlarge(scenes[i].image))
-        found.append(Retrieved(guesses, int(right.nonzero()[0]) + 1, picture=picture))
+        picture = pictures.jpeg(eval_crop(scenes[i].image, 240))
+        first = int(right.nonzero()[0])
+        found.append(Retrieved(guesses, first + 1, right_text=pairs.texts[int(order[first])], picture=picture))
     return found
 
 
@@ -99,7 +101,7 @@ def caption_queries(pairs: PairFeatures, scenes: Sequence[Scene], top: int = 5) 
         scores_N = pairs.image_ND @ pairs.text_MD[j]
         order = scores_N.argsort(descending=True)
         guesses = [
-            Guess(int(n) == i, float(scores_N[n]), picture=pictures.jpeg(pictures.enlarge(scenes[int(n)].image, 160)))
+            Guess(int(n) == i, float(scores_N[n]), picture=pictures.jpeg(eval_crop(scenes[int(n)].image, 200)))
             for n in order[:top]
         ]
         found.append(Retrieved(guesses, int((order == i).nonzero()[0]) + 1, text=pairs.texts[j]))
@@ -170,5 +172,7 @@ def _views_of(config: TrainConfig, sources: tuple[SourceConfig, ...]) -> list[Vi
         crop = Image.fromarray(denormalize(image_13HW)[0].permute(1, 2, 0).contiguous().numpy())
         picture = pictures.png(pictures.enlarge(crop, 4 * crop.width, smooth=False))
         caption = " ".join(word for word, _ in word_spans(ids_1L[0].tolist()) if word not in (START, END))
-        views.append(View(picture, crop.width, v < config.data.views.global_crops, caption.replace(" .", ".")))
+        views.append(
+            View(picture, crop.width, v < config.data.views.global_crops, caption.replace(" .", ".").replace(" ,", ","))
+        )
     return views

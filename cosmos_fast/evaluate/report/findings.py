@@ -72,10 +72,11 @@ def table(results: Mapping[str, Metrics]) -> list[Line]:
         if not models:
             continue
         best = min(models.values()) if measure.lower_is_better else max(models.values())
+        # Best as printed: a star for a difference that nobody can see would claim too much.
         cells = {
             entity: Cell(
                 format_value(measure, values.get(entity)),
-                best=models.get(entity) == best,
+                best=entity in models and format_value(measure, models[entity]) == format_value(measure, best),
                 share=values.get(entity, 0.0) if measure.unit == "%" else 0.0,
             )
             for entity in results
@@ -144,6 +145,8 @@ def _verdict_words(verdict: Verdict) -> str:
         return f"COSMOS is ahead in all {total} measures"
     if len(verdict.behind) == total:
         return f"plain CLIP is ahead in all {total} measures"
+    if len(verdict.close) == total:
+        return f"the two are too close to call in all {total} measures"
     parts = []
     if len(verdict.behind) > len(verdict.ahead):
         parts.append(f"plain CLIP wins {_names(verdict.behind)}")
@@ -163,7 +166,8 @@ def csa_sentence(results: Mapping[str, Metrics]) -> str | None:
     parts = []
     for entity, metrics in results.items():
         if entity != CHANCE and {"miou", "miou_csa"} <= metrics.keys():
-            parts.append(f"{metrics['miou_csa'] - metrics['miou']:+.1f} points for the {LABELS[entity]}")
+            change = round(metrics["miou_csa"] - metrics["miou"], 1)
+            parts.append(f"{change or 0.0:+.1f} points for the {LABELS[entity]}")
     if not parts:
         return None
-    return f"CSA changes segmentation by {_names(tuple(parts))}.".replace("the plain", "plain")
+    return f"CSA changes segmentation by {_names(tuple(parts))}.".replace("the plain", "plain").replace("-", "−")

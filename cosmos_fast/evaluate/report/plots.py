@@ -17,7 +17,7 @@ from cosmos_fast.evaluate.report.runs import Run
 from cosmos_fast.evaluate.report.theme import THEMES, Theme
 
 matplotlib.use("Agg")
-WIDTH_IN, HEIGHT_IN, DPI = 5.2, 3.1, 160
+WIDTH_IN, HEIGHT_IN, DPI = 5.2, 2.9, 170
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ def _render(theme: Theme, paint: Callable[[Axes, Theme], None]) -> bytes:
         "figure.facecolor": theme.card,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI, layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI)
+        # Fixed margins: a layout engine would draw everything once more to measure it.
+        figure.subplots_adjust(left=0.13, right=0.975, top=0.96, bottom=0.16)
         paint(figure.subplots(), theme)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -106,7 +108,7 @@ def flops_scale(total: float) -> tuple[float, str]:
     return 1e9, "GFLOP"
 
 
-def training_plots(cosmos: Run, clip: Run | None, chance: dict[str, float]) -> list[Plot]:
+def training_plots(cosmos: Run, clip: Run | None) -> list[Plot]:
     """Every curve of a report; one without data is left out."""
     runs = [("COSMOS", "teacher", cosmos)] + ([("plain CLIP", "clip", clip)] if clip else [])
     size, unit = flops_scale(max(run.total_flops for _, _, run in runs))
@@ -115,10 +117,10 @@ def training_plots(cosmos: Run, clip: Run | None, chance: dict[str, float]) -> l
         return [value / size for value in run.flops_at(steps)]
 
     plots = [
-        *(_retrieval(runs, direction, over_compute, unit, chance) for direction in ("i2t", "t2i")),
+        *(_retrieval(runs, direction, over_compute, unit) for direction in ("i2t", "t2i")),
         _clip_loss(runs, over_compute, unit),
         _distill_loss(cosmos, over_compute, unit),
-        _one_key(runs, "lr", "Learning rate", "learning rate", "Linear warm-up, then half a cosine to 0."),
+        _one_key(runs, "lr", "Learning rate", "learning rate × 1000", "Linear warm-up, then half a cosine to 0.", 1e3),
         _temperatures(cosmos, clip),
         _one_key(
             runs, "samples_per_s", "Throughput", "samples / s", "Images with all their views and captions, per second."
@@ -134,9 +136,7 @@ Runs = list[tuple[str, str, Run]]
 OverCompute = Callable[[Run, Sequence[int]], list[float]]
 
 
-def _retrieval(
-    runs: Runs, direction: str, over_compute: OverCompute, unit: str, chance: dict[str, float]
-) -> Plot | None:
+def _retrieval(runs: Runs, direction: str, over_compute: OverCompute, unit: str) -> Plot | None:
     curves = []
     for label, _, run in runs:
         members = (("teacher", "teacher"), ("student", "student")) if label == "COSMOS" else (("student", "clip"),)
@@ -147,8 +147,10 @@ def _retrieval(
                 curves.append(Curve(name, entity, over_compute(run, steps), values))
     if not curves:
         return None
-    end = max(max(curve.x) for curve in curves)
-    curves.append(Curve("chance", "chance", [0, end], [chance[f"{direction}_r1"]] * 2, dashed=True))
+    level = runs[0][2].series(f"chance_{direction}_r1", runs[0][2].evals)[1]
+    if level:
+        end = max(max(curve.x) for curve in curves)
+        curves.append(Curve("chance", "chance", [0, end], [level[-1]] * 2, dashed=True))
     title = "Image → text retrieval" if direction == "i2t" else "Text → image retrieval"
     caption = f"R@1 on held-out scenes against training compute, so that equal {unit} stand above each other."
     return Plot(f"retrieval_{direction}", title, caption, draw(curves, f"training compute, {unit}", "R@1, %"))
@@ -181,12 +183,12 @@ def _distill_loss(cosmos: Run, over_compute: OverCompute, unit: str) -> Plot | N
     return Plot("loss_distill", "Distillation loss", caption, png)
 
 
-def _one_key(runs: Runs, key: str, title: str, y_label: str, caption: str) -> Plot | None:
+def _one_key(runs: Runs, key: str, title: str, y_label: str, caption: str, factor: float = 1.0) -> Plot | None:
     curves = []
     for label, entity, run in runs:
         steps, values = run.series(key)
         if steps:
-            curves.append(Curve(label, entity, steps, values))
+            curves.append(Curve(label, entity, steps, [factor * value for value in values]))
     return Plot(key, title, caption, draw(curves, "optimizer step", y_label)) if curves else None
 
 
