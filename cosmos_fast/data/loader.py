@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,15 +93,19 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:
             self._batches = iter(self._workers())
+            # The workers ignore SIGTERM, by which multiprocessing would end them; exit would wait for ever.
+            atexit.register(_close_at_exit, weakref.ref(self))
         while True:
             yield self._finish(self._next_raw())
 
     def close(self) -> None:
-        """Stop the workers and close the shards."""
-        shutdown = getattr(self._batches, "_shutdown_workers", None)  # torch has no public call for it
+        """Stop the workers and close the shards; iterating again starts them anew."""
+        batches, self._batches = self._batches, None
+        shutdown = getattr(batches, "_shutdown_workers", None)  # torch has no public call for it
         if shutdown is not None:
             shutdown()
-        self._batches = None
+            for worker in batches._workers:
+                worker.kill()  # one stuck in a read; the others have ended
         for index in self.stream.indexes:
             index.close()
 
@@ -164,6 +170,12 @@ class _RankPositions:
         while True:
             yield list(rank_positions(position, self.batch_size, self.rank))
             position += self.world_size * self.batch_size
+
+
+def _close_at_exit(reference: weakref.ref[Loader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
 
 
 def _as_is(batch: Any) -> Any:

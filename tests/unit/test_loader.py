@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -206,6 +208,23 @@ def test_workers_leave_signals_to_the_trainer_and_end_with_it(opened: Any) -> No
     for worker in workers:
         worker.join(timeout=10)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end", ["pass", "raise RuntimeError"])
+def test_a_script_that_leaves_its_loader_open_still_ends(shards: Path, end: str) -> None:
+    script = f"""
+import builtins
+from cosmos_fast.config import DataConfig, SourceConfig
+from cosmos_fast.data.loader import build_loader
+config = DataConfig(train=(SourceConfig(path={str(shards)!r}),), workers=2)
+loader = build_loader(config, image_size=16, context_length=8, seed=0, batch_size=2)
+stream = iter(loader)
+next(stream)
+builtins.kept = [loader, stream]  # the garbage collector comes too late
+{end}
+"""
+    result = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=False)
+    assert result.returncode == ("Runtime" in end), result.stderr
 
 
 def test_no_source_is_a_user_error(opened: Any) -> None:
