@@ -18,7 +18,9 @@ import torch.nn.functional as F
 
 from cosmos_fast.data.augment import JITTER_OPS, ViewNumbers
 
-_CHUNK_VALUES = 1 << 18  # values a CPU chunk holds: 1 MB as float32, which stays in the second-level cache
+# Values a chunk holds: 1 MB as float32 stays in a CPU's second-level cache; on a GPU 256 MB bounds the memory.
+_CHUNK_VALUES = 1 << 18
+_GPU_CHUNK_VALUES = 1 << 26
 _BLUR_PASSES = 3
 NO_SOLARIZE = 256
 _NO_JITTER = ("none", 0.0)
@@ -58,9 +60,9 @@ def color_numbers(views: Sequence[ViewNumbers]) -> ColorNumbers:
 
 def recolor_(pixels: torch.Tensor, numbers: ColorNumbers) -> torch.Tensor:
     """Apply the numbers to uint8 crops [N, 3, H, W], in place."""
-    count = pixels.shape[0]
-    chunk = count if pixels.is_cuda else max(1, _CHUNK_VALUES // pixels[0].numel())
-    for start in range(0, count, chunk):
+    values = _GPU_CHUNK_VALUES if pixels.is_cuda else _CHUNK_VALUES
+    chunk = max(1, values // pixels[0].numel())
+    for start in range(0, len(pixels), chunk):
         part = slice(start, start + chunk)
         x = _recolor(pixels[part].float(), ColorNumbers(*(column[part] for column in numbers)))
         pixels[part] = x.int()  # float to 8 bits in one step is three times as slow on a CPU

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,32 @@ def test_cache_goes_elsewhere_where_the_folder_is_not_writable(tmp_path: Path, c
     assert found.cache is not None
     assert cache_folder in found.cache.parents
     assert len(opened(tmp_path)) == 3
+
+
+def test_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, (3,))
+
+    def full_disk(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert opened(tmp_path).cache is None
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".idx")]
+    assert opened(tmp_path).cache is not None
+
+
+def test_processes_that_start_together_scan_once(tmp_path: Path) -> None:
+    write_shards(tmp_path, (3,))
+    with ProcessPoolExecutor(3) as pool:
+        assert sorted(pool.map(_open_and_report, [str(tmp_path)] * 3)) == [False, False, True]
+
+
+def _open_and_report(path: str) -> bool:
+    """Whether this process had to scan."""
+    scanned = []
+    open_source(SourceConfig(path=path), on_shard=lambda done, _: (scanned.append(done), time.sleep(0.5)))
+    return bool(scanned)
 
 
 def test_no_place_for_a_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
