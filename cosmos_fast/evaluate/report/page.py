@@ -26,22 +26,27 @@ def data_uri(image: bytes) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}")
 
 
-def render(content: Mapping[str, Any]) -> str:
-    """The HTML of a report. content: see `build.page_content`; a missing name raises."""
-    environment = Environment(
+def environment() -> Environment:
+    """Jinja with escaping on and missing names as errors."""
+    jinja = Environment(
         loader=PackageLoader("cosmos_fast.evaluate", "templates"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters["uri"] = data_uri
-    environment.globals |= {
+    jinja.filters["uri"] = data_uri
+    jinja.globals |= {
         "labels": findings.LABELS,
         "themes": {"light": LIGHT, "dark": DARK},
         "class_colour": class_colour,
     }
-    return environment.get_template("report.html.j2").render(content)
+    return jinja
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """The HTML of a report. content: see `build.page_content`; a missing name raises."""
+    return environment().get_template("report.html.j2").render(content)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -1,0 +1,197 @@
+"""`cosmos-fast eval run` and `eval report`, end to end on tiny models, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cosmos_fast.cli.eval import command
+from cosmos_fast.cli.main import run as run_command
+from cosmos_fast.config import SourceConfig, TrainConfig, dump_config, load_config
+from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
+from cosmos_fast.evaluate.scenes import SceneSet
+from cosmos_fast.evaluate.tasks import evaluate
+from cosmos_fast.evaluate.validators import build_validators
+from cosmos_fast.model.checkpoints import load_checkpoint
+from cosmos_fast.model.cosmos import create_model
+from cosmos_fast.recipes import get_recipe
+
+TINY = (
+    "model.embed_dim=16",
+    "model.vision.image_size=16",
+    "model.vision.width=16",
+    "model.vision.head_width=8",
+    "model.vision.layers=1",
+    "model.text.width=16",
+    "model.text.heads=2",
+    "model.text.layers=1",
+    "data.views.local_image_size=8",
+    "run.batch_size=4",
+)
+
+
+def tiny_config(recipe: str, data: Path) -> TrainConfig:
+    paths = (f"data.train={data / 'train'}", f"evaluate.data={data / 'heldout'}")
+    return load_config(get_recipe(recipe), [*TINY, *paths])
+
+
+def write_run(folder: Path, config: TrainConfig) -> None:
+    """A run folder as the trainer leaves it, with random weights."""
+    step = folder / "checkpoints/step_00000010"
+    step.mkdir(parents=True)
+    for seed, weights in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        model = create_model(config.model)
+        metadata = {"format": "cosmos-fast/1", "model": json.dumps(config.model.to_openclip()), "weights": weights}
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, step / f"{weights}.safetensors", metadata)
+    (step / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text(dump_config(config))
+    row = {"kind": "train", "step": 10, "epoch": 1.0, "samples_seen": 40, "samples_per_s": 8.0, "clip_loss": 1.0}
+    row |= {"distill_loss": 1.0, "lr": 1e-3, "logit_scale": 14.0, "flops": 1e9, "data_stall_pct": 0.0}
+    evaluated = {"kind": "eval", "step": 10, "student_i2t_r1": 10.0, "teacher_i2t_r1": 12.0, "chance_i2t_r1": 8.3}
+    (folder / "metrics.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(evaluated)}\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("eval")
+    write_dataset(folder / "data", DatasetSettings(train=4, heldout=12), workers=1)
+    write_run(folder / "cosmos", tiny_config("demo", folder / "data"))
+    write_run(folder / "clip", tiny_config("demo_clip", folder / "data"))
+    return folder
+
+
+def run_arguments(place: Path, out: Path, **changes: str) -> list[str]:
+    options = {"checkpoint": str(place / "cosmos"), "data": str(place / "data/heldout"), "out": str(out)} | changes
+    return ["run", *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+def test_run_writes_what_the_tasks_measure_with_chance_and_digests(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    assert run_command(command, run_arguments(place, out, weights="student")) == 0
+    content = json.loads(out.read_text())
+    model = load_checkpoint(place / "cosmos", "student")
+    scenes = SceneSet((SourceConfig(path=str(place / "data/heldout")),))
+    for task in ("retrieval", "classification", "segmentation"):
+        expected = evaluate(model, scenes, task)
+        assert content["tasks"][task]["metrics"] == pytest.approx(expected.metrics, nan_ok=True)
+        assert content["tasks"][task]["chance"] == pytest.approx(expected.chance)
+    assert content["tasks"]["retrieval"]["chance"]["i2t_r1"] == pytest.approx(100 / 12)
+    assert content["checkpoint"]["name"] == "student.safetensors"
+    assert re.fullmatch("[0-9a-f]{64}", content["checkpoint"]["sha256"])
+    assert content["data"]["sha256"] == scenes.sha256()
+    assert str(place) not in out.read_text()
+
+
+def test_run_prints_a_table_beside_chance(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = run_arguments(place, tmp_path / "r.json", tasks="retrieval")
+    assert run_command(command, [*arguments, "--max-samples", "5"]) == 0
+    shown = capsys.readouterr().out
+    assert "chance" in shown
+    assert "20.0" in shown  # R@1 among five
+    assert "mIoU" not in shown
+
+
+MISTAKES = {
+    "no such checkpoint": ({"checkpoint": "{place}/nowhere"}, "nowhere does not exist"),
+    "a checkpoint that is something else": ({"checkpoint": "{place}/data/meta.json"}, "meta.json"),
+    "no such data": ({"data": "{place}/nowhere"}, "nowhere"),
+    "a folder without shards": ({"data": "{place}/cosmos"}, "no .tar"),
+    "an empty shard": ({"data": "{place}/empty.tar"}, "holds no sample"),
+    "no meta.json": ({"data": "{place}/lonely/a"}, "meta.json"),
+    "no folder for the result": ({"out": "{place}/nowhere/r.json"}, "does not exist"),
+    "an unknown task": ({"tasks": "retrieval,detection"}, "detection"),
+    "an unknown device": ({"device": "abacus"}, "abacus"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_end_in_one_line_and_leave_nothing(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    (place / "empty.tar").write_bytes(bytes(10240))
+    (place / "lonely/a").mkdir(parents=True, exist_ok=True)
+    shutil.copy(place / "data/heldout/00000.tar", place / "lonely/a/00000.tar")
+    changes, message = MISTAKES[mistake]
+    out = tmp_path / "r.json"
+    arguments = run_arguments(place, out, **{name: value.format(place=place) for name, value in changes.items()})
+    assert run_command(command, arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith(("error:", "Error:"))]) == 1
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def report_arguments(place: Path, out: Path, *more: str) -> list[str]:
+    runs = ["--cosmos", str(place / "cosmos"), "--clip", str(place / "clip")]
+    return ["report", *runs, "--data", str(place / "data/heldout"), "--out", str(out), *more]
+
+
+def test_report_is_one_page_that_loads_nothing(place: Path, tmp_path: Path) -> None:
+    assert run_command(command, report_arguments(place, tmp_path / "out")) == 0
+    html = (tmp_path / "out/report.html").read_text()
+    sources = re.findall(r'(?:src|srcset|href)="([^"]{0,12})', html)
+    assert len(sources) > 30
+    assert all(source.startswith("data:image/") for source in sources)
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
+    assert str(place) not in html
+    for title in (
+        "Results",
+        "Training",
+        "best captions",
+        "Where attention goes",
+        "Segmentation",
+        "What the model sees",
+    ):
+        assert title in html
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results["results"]) == {"teacher", "student", "clip"}
+    assert results["runs"]["cosmos"]["training_seconds"] == 5.0
+    assert (tmp_path / "out/plots/clip_loss.png").exists() or (tmp_path / "out/plots/loss_clip.png").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "results.json", "plots"}
+
+
+def test_report_without_clip_compares_with_chance(place: Path, tmp_path: Path) -> None:
+    arguments = ["report", "--cosmos", str(place / "cosmos"), "--data", str(place / "data/heldout")]
+    assert run_command(command, [*arguments, "--out", str(tmp_path / "out"), "--max-samples", "6"]) == 0
+    assert "plain CLIP" not in (tmp_path / "out/report.html").read_text()
+
+
+def test_report_fails_loudly_below_the_required_multiple_of_chance(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = report_arguments(place, tmp_path / "out", "--require-chance-multiple", "50", "--max-samples", "6")
+    assert run_command(command, arguments) == 1
+    assert re.search(r"FAILED: .*below the required 50 times", capsys.readouterr().err)
+    assert (tmp_path / "out/report.html").exists()  # what went wrong can be looked at
+
+
+def test_report_refuses_a_clip_run_that_is_no_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = report_arguments(place, tmp_path / "out")
+    arguments[arguments.index("--clip") + 1] = str(place / "data")
+    assert run_command(command, arguments) == 2
+    assert "config.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_validator_reports_what_retrieval_measures_for_both_models(place: Path) -> None:
+    config = tiny_config("demo", place / "data")
+    (validator,) = build_validators(config)
+    student, teacher = (load_checkpoint(place / "cosmos", weights) for weights in ("student", "teacher"))
+    row = validator(10, student, teacher)
+    scenes = SceneSet((SourceConfig(path=str(place / "data/heldout")),))
+    for name, model in (("student", student), ("teacher", teacher)):
+        expected = evaluate(model, scenes, "retrieval").metrics
+        assert row[f"{name}_i2t_r5"] == pytest.approx(expected["i2t_r5"])
+        assert row[f"{name}_t2i_median_rank"] == pytest.approx(expected["t2i_median_rank"])
+    assert row["chance_i2t_r1"] == pytest.approx(100 / 12)
+    assert build_validators(load_config(config, ["evaluate.data=null"])) == []
