@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-GROUP_COST_TOKENS = 48  # what one more attention call costs, in tokens of padding; measured on a 2-core CPU
+GROUP_COST_TOKENS = 128  # what one more attention call costs, in tokens of padding; measured on a 2-core CPU
 
 
 @dataclass(frozen=True)

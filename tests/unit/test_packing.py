@@ -79,9 +79,9 @@ def test_nothing_is_computed_for_padding():
 
 
 def test_few_captions_share_a_group_rather_than_pay_a_call_each():
-    packed = pack_text(_captions([3, 4, 5, 5, 18]))
-    assert [(group.count, group.length) for group in packed.layout.groups] == [(4, 5), (1, 18)]
-    assert packed.layout.groups[0].pooled == (2, 3, 4, 4)
+    packed = pack_text(_captions([3, 4, *[5] * 10, 18]))
+    assert [(group.count, group.length) for group in packed.layout.groups] == [(12, 5), (1, 18)]
+    assert packed.layout.groups[0].pooled == (2, 3, *[4] * 10)
 
 
 def test_caption_longer_than_the_context_is_refused():
