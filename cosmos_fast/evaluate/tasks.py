@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,9 +204,8 @@ def evaluate_segmentation(model: CosmosModel, scenes: SceneSet, on_scene: Advanc
         if confusion.sum() == 0:
             raise UserError(f"segmentation needs mask.png members in {scenes.name}: there are none")
         metrics[f"miou{suffix}"] = mean_iou(confusion)
-        metrics |= {
-            f"iou{suffix}_{name}": 100 * v for name, v in zip(names, class_iou(confusion).tolist(), strict=True)
-        }
+        ious = zip(names, class_iou(confusion).tolist(), strict=True)
+        metrics |= {f"iou{suffix}_{name}": 100 * iou for name, iou in ious if not math.isnan(iou)}
         pixels = confusion.sum(dim=1).tolist()
     guess = chance.segmentation_chance(pixels)
     protocol = {

@@ -185,3 +185,22 @@ def test_nan_weights_are_refused_instead_of_scored(data: Path) -> None:
 
     with pytest.raises(UserError, match="NaN"):
         tasks.evaluate(Broken(["red"]), open_set(data / "heldout"), "retrieval")  # type: ignore[arg-type]
+
+
+def test_classes_that_never_occur_have_no_iou_and_do_not_spoil_the_mean(data: Path) -> None:
+    class Shapeless(WordModel):
+        """Says "background" everywhere: patches look like the word that all background prompts share."""
+
+        def encode_image_dense(self, images: torch.Tensor, csa: bool = False) -> torch.Tensor:
+            hot = torch.zeros(len(self.words))
+            hot[self.words.index("background")] = 1.0
+            return hot.expand(len(images), 4, -1)
+
+    scenes = open_set(data / "heldout", max_samples=1)
+    shapes = scenes.require_meta("test").shapes.classes
+    present = {thing.shape for scene in scenes for thing in scene.objects}
+    assert present < set(shapes)
+    result = tasks.evaluate(Shapeless([*shapes, "background"]), scenes, "segmentation")  # type: ignore[arg-type]
+    measured = {key.removeprefix("iou_") for key in result.metrics if key.startswith("iou_") and "csa" not in key}
+    assert measured == {"background", *present}
+    assert result.metrics["miou"] == pytest.approx(result.protocol["all_background_miou"])

@@ -67,8 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_arguments(place: Path, out: Path, **changes: str) -> list[str]:
-    options = {"checkpoint": str(place / "cosmos"), "data": str(place / "data/heldout"), "out": str(out)} | changes
+def run_arguments(place: Path, result: Path, **changes: str) -> list[str]:
+    options = {"checkpoint": str(place / "cosmos"), "data": str(place / "data/heldout"), "out": str(result)} | changes
     return ["run", *(part for name, value in options.items() for part in (f"--{name}", value))]
 
 
@@ -142,19 +142,12 @@ def test_report_is_one_page_that_loads_nothing(place: Path, tmp_path: Path) -> N
     assert all(source.startswith("data:image/") for source in sources)
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
     assert str(place) not in html
-    for title in (
-        "Results",
-        "Training",
-        "best captions",
-        "Where attention goes",
-        "Segmentation",
-        "What the model sees",
-    ):
-        assert title in html
+    titles = ("Results", "Training", "best captions", "Where attention goes", "Segmentation", "What the model sees")
+    assert [title for title in titles if title not in html] == []
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results["results"]) == {"teacher", "student", "clip"}
     assert results["runs"]["cosmos"]["training_seconds"] == 5.0
-    assert (tmp_path / "out/plots/clip_loss.png").exists() or (tmp_path / "out/plots/loss_clip.png").exists()
+    assert (tmp_path / "out/plots/loss_clip.png").exists()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "results.json", "plots"}
 
 
