@@ -85,6 +85,12 @@ def make_trainer(
     return Trainer(config, FakeLoader(config, plan.state.position, poison), validators, plan=plan)  # type: ignore[arg-type]
 
 
+def add_noise(batch: Batch) -> None:
+    """A poison that draws from torch's global generator, so that losses show whether its state was kept."""
+    for view in batch.images:
+        view.add_(torch.rand_like(view))
+
+
 def rows_of(trainer: Trainer, kind: str = "train") -> list[dict]:
     """Rows of metrics.jsonl."""
     return [row for row in read_rows(trainer.plan.metrics_file) if row["kind"] == kind]

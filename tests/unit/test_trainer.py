@@ -13,7 +13,7 @@ import torch
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.utils.errors import UserError
-from tests.tiny_run import flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
+from tests.tiny_run import add_noise, flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_clip"])
@@ -115,10 +115,10 @@ def test_validators_run_on_time_and_leave_no_trace(tmp_path: Path) -> None:
         seen.append((step, student.training, teacher.training, torch.is_grad_enabled()))
         return {"i2t_r1": float(step), "t2i_r1": math.nan}
 
-    plain = make_trainer(tiny_config(tmp_path, "name=plain", "run.max_steps=5"))
+    plain = make_trainer(tiny_config(tmp_path, "name=plain", "run.max_steps=5"), poison=add_noise)
     plain.fit()
     config = tiny_config(tmp_path, "name=watched", "run.max_steps=5", "run.evaluate_every_steps=2")
-    watched = make_trainer(config, (validator,))
+    watched = make_trainer(config, (validator,), poison=add_noise)
     watched.fit()
     assert seen == [(2, False, False, False), (4, False, False, False), (5, False, False, False)]
     assert rows_of(watched, "eval")[1] == {"step": 4, "kind": "eval", "i2t_r1": 4.0, "t2i_r1": None}

@@ -14,10 +14,11 @@ import torch
 
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine import checkpoint
+from cosmos_fast.engine.hooks import StepOutcome
 from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock
-from tests.tiny_run import flat, losses_of, make_trainer, rows_of, tiny_config
+from tests.tiny_run import add_noise, flat, losses_of, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -37,19 +38,16 @@ def test_signal_finishes_the_step_saves_and_stops(number: signal.Signals, tmp_pa
     assert signal.getsignal(number) == before
 
 
-def test_signal_during_a_save_is_answered_by_a_checkpoint_too(tmp_path: Path, monkeypatch) -> None:
-    real_save = checkpoint.save
+def test_signal_after_the_checkpointers_turn_is_answered_one_step_later(tmp_path: Path) -> None:
+    class Late:
+        def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+            if trainer.state.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def save(root: Path, snapshot: checkpoint.Snapshot, keep: int) -> Path:
-        if snapshot.state.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real_save(root, snapshot, keep)
-
-    monkeypatch.setattr(checkpoint, "save", save)
-    trainer = make_trainer(tiny_config(tmp_path, "run.checkpoint_every_steps=2"))
-    state = trainer.fit()
-    assert trainer.checkpointer.saved_step == state.step
-    assert state.step < 6
+    trainer = make_trainer(tiny_config(tmp_path))
+    trainer.hooks.append(Late())
+    assert trainer.fit().step == 3
+    assert [folder.name for folder in checkpoint.list_checkpoints(trainer.plan.checkpoints)] == ["step_00000003"]
 
 
 def test_full_disk_stops_with_one_line_and_the_run_can_go_on(tmp_path: Path, monkeypatch) -> None:
@@ -78,17 +76,18 @@ def test_full_disk_stops_with_one_line_and_the_run_can_go_on(tmp_path: Path, mon
 @pytest.mark.parametrize("extra", [(), ("run.accumulate_steps=2", "ema.schedule=cosine", "optimizer.clip_norm=0.1")])
 def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(extra: tuple[str, ...], tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "run.max_steps=9", "run.checkpoint_every_steps=2", *extra)
-    whole = make_trainer(replace(config, name="whole"))
+    whole = make_trainer(replace(config, name="whole"), poison=add_noise)
     whole.fit()
 
     def poison(batch: Batch) -> None:
+        add_noise(batch)
         if whole.state.position // 2 <= batch.position:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_trainer(config, poison=poison).fit()
     plan = plan_run(config, resume="auto")
-    resumed = make_trainer(config, plan=plan)
+    resumed = make_trainer(config, plan=plan, poison=add_noise)
     assert 0 < resumed.state.step < 9
     resumed.fit()
     timeless = ("step", "loss", "clip_loss", "distill_loss", "lr", "ema_decay", "grad_norm", "epoch", "logit_scale")
