@@ -16,6 +16,7 @@ from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine import checkpoint
 from cosmos_fast.engine.hooks import StepOutcome
 from cosmos_fast.engine.run_folder import plan_run
+from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock
 from tests.tiny_run import add_noise, flat, losses_of, make_trainer, rows_of, tiny_config
