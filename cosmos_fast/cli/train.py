@@ -86,18 +86,16 @@ def refuse_several_ranks() -> None:
 
 def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     """Build everything, then train; nothing is written before all of it is there."""
-    from cosmos_fast.engine.estimate import estimate
-    from cosmos_fast.engine.precision import resolve_device, resolve_precision
+    from cosmos_fast.engine.precision import resolve_device
     from cosmos_fast.engine.run_folder import plan_run
     from cosmos_fast.engine.trainer import Trainer
 
     device = resolve_device(config.run.device)
-    needs = estimate(config, resolve_precision(config.run.precision, device).name)
     plan = plan_run(config, resume, overwrite)
     validators = make_validators(config)
     loader = open_loader(config, plan, str(device))
     try:
-        trainer = Trainer(config, loader, validators, plan=plan, flops_per_sample=needs.flops_per_sample)
+        trainer = Trainer(config, loader, validators, plan=plan)
         trainer.fit()
     finally:
         loader.close()

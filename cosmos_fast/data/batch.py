@@ -13,7 +13,8 @@ class Batch:
 
     images: V tensors [B, 3, H, W], float32, normalised; global and local crops differ in H and W. texts: int64
     [V, B, L]. keys: the B sample keys. position: global sample number of the first sample of the *global* batch.
-    next_position: that of the batch after it; saving it is all that a resume needs.
+    next_position: that of the batch after it; saving it is all that a resume needs. caption_tokens: mean tokens up to
+    EOT of each caption view, counted on the host; empty where nobody counted.
     """
 
     images: list[torch.Tensor]
@@ -21,6 +22,7 @@ class Batch:
     keys: list[str]
     position: int
     next_position: int
+    caption_tokens: tuple[float, ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

@@ -149,6 +149,7 @@ class Loader:
             keys=raw.keys,
             position=position,
             next_position=self.position,
+            caption_tokens=tuple((raw.texts.argmax(dim=2) + 1).double().mean(dim=1).tolist()),
         )
 
     def _recolored(self, stack: CropStack) -> torch.Tensor:

@@ -60,7 +60,7 @@ class Progress:
             "data_stall_pct": 100.0 * self._data_ms / wall_ms,
             "skipped": state.skipped,
             "bad_samples": sum(trainer.loader.stats.values()),
-            "flops": trainer.flops_per_sample * state.samples_seen,
+            "flops": state.flops,
         }
 
     def _line(self, trainer: Trainer, row: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from cosmos_fast.utils.errors import UserError
 class TrainState:
     """step: optimizer steps done, skipped ones included. position: global number of the next sample. epoch: passes over
     the data, a fraction. samples_seen: samples trained on, over all ranks. skipped: steps not applied because of NaN or
-    Inf; nonfinite_in_a_row: those at the end."""
+    Inf; nonfinite_in_a_row: those at the end. flops: floating-point operations that training needed so far, by the
+    lengths of the captions it saw."""
 
     step: int = 0
     position: int = 0
@@ -20,6 +21,7 @@ class TrainState:
     samples_seen: int = 0
     skipped: int = 0
     nonfinite_in_a_row: int = 0
+    flops: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -27,6 +27,7 @@ from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.model import CosmosModel, create_model
+from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
 from cosmos_fast.utils.signals import StopRequest
@@ -43,7 +44,6 @@ class Trainer:
         loader: batches of this rank from plan.state.position on, without end.
         validators: called every run.evaluate_every_steps with (step, student, teacher).
         plan: from plan_run(); None starts from scratch.
-        flops_per_sample: of a forward and backward pass of all views, for the metrics.
 
     Raises:
         UserError: a run folder in use, a checkpoint that cannot be written, too many steps with NaN or Inf.
@@ -76,14 +76,12 @@ class Trainer:
         validators: Sequence[Validator] = (),
         *,
         plan: RunPlan | None = None,
-        flops_per_sample: float = 0.0,
         world_size: int = 1,
     ) -> None:
         self.config = config
         self.plan = plan or plan_run(config)
         self.loader = loader
         self.world_size = world_size
-        self.flops_per_sample = flops_per_sample
         self.total_steps = total_steps(config, loader.samples_per_epoch, world_size)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
@@ -144,7 +142,7 @@ class Trainer:
             losses += self._backward(batch.to(self.device), share=1.0 / len(micro_batches))
         result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
-        self._count_step(samples, micro_batches[-1].next_position, result.applied)
+        self._count_step(samples, micro_batches, result.applied)
         return StepOutcome(
             loss=losses[2],
             clip_loss=losses[0],
@@ -189,14 +187,22 @@ class Trainer:
         (output.total * share).backward()
         return torch.stack([output.clip, output.distill, output.total]).detach() * share
 
-    def _count_step(self, samples: int, next_position: int, applied: bool) -> None:
-        state = self.state
+    def _count_step(self, samples: int, micro_batches: Sequence[Batch], applied: bool) -> None:
+        state, next_position = self.state, micro_batches[-1].next_position
         state.step += 1
         state.position = next_position
         state.epoch = next_position / self.loader.samples_per_epoch
         state.samples_seen += samples
+        state.flops += sum(self._flops(batch) for batch in micro_batches)
         state.skipped += not applied
         state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + 1
+
+    def _flops(self, batch: Batch) -> float:
+        """What training on a micro-batch takes on all ranks, if theirs are like this one."""
+        samples = len(batch.keys) * self.world_size
+        model, views = self.config.model, self.config.data.views
+        counted = sample_flops(model, views, caption_tokens=batch.caption_tokens or None, global_batch=samples)
+        return samples * counted.training
 
     def _restore(self, folder: Path) -> None:
         snapshot = load(folder)

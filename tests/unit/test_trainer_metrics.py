@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,20 +15,22 @@ from cosmos_fast.config import load_config
 from cosmos_fast.engine.metrics import drop_rows_after, read_rows
 from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.model import load_checkpoint
+from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.utils.errors import UserError
-from tests.tiny_run import flat, losses_of, make_trainer, rows_of, tiny_config
+from tests.tiny_run import flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_clip"])
 def test_rows_say_what_happened(recipe: str, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "run.log_every_steps=3", "run.max_steps=7", recipe=recipe)
     trainer = make_trainer(config)
-    trainer.flops_per_sample = 1000.0
     trainer.fit()
     rows = rows_of(trainer)
     assert [row["step"] for row in rows] == [1, 3, 6, 7]
     row = rows[-1]
-    assert (row["samples_seen"], row["epoch"], row["skipped"], row["flops"]) == (28, 0.7, 0, 28_000)
+    assert (row["samples_seen"], row["epoch"], row["skipped"]) == (28, 0.7, 0)
+    full_captions = sample_flops(config.model, config.data.views, global_batch=config.run.batch_size)
+    assert row["flops"] == pytest.approx(28 * full_captions.training)
     assert row["loss"] == pytest.approx(row["clip_loss"] + row["distill_loss"], rel=1e-6)
     assert row["samples_per_s"] == pytest.approx(4e3 / (row["step_ms"] + row["data_ms"]), rel=1e-6)
     assert row["lr"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 4 / 5)))
@@ -93,3 +96,15 @@ def test_metrics_survive_a_line_cut_short(tmp_path: Path) -> None:
     assert read_rows(file) == [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}]
     drop_rows_after(file, 1)
     assert file.read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_flops_follow_the_lengths_of_the_captions(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    trainer = make_trainer(config)
+    batch = make_batch(config, 0)
+    short = (5.0,) * config.data.views.text_views
+    trainer.train_step([replace(batch, caption_tokens=short)])
+    counted = sample_flops(config.model, config.data.views, caption_tokens=short, global_batch=len(batch.keys))
+    assert trainer.state.flops == pytest.approx(len(batch.keys) * counted.training)
+    full = sample_flops(config.model, config.data.views, global_batch=len(batch.keys))
+    assert counted.training < full.training
