@@ -3,72 +3,31 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
 from benchmarks.eager_cosmos import EagerConfig, EagerCosmos, EagerFeatures, EagerTrainer, cosmos_loss, learning_rate
 from benchmarks.shapes import VIT_B_16, VIT_B_32
-
-DATA = Path(__file__).parents[1] / "data"
-GOLDEN_FILES = sorted((DATA / "golden").glob("*.safetensors"))
-
-
-class Golden(NamedTuple):
-    tensors: dict[str, Tensor]
-    config: EagerConfig
-    hyper: dict[str, float]
-
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
-
-    def images(self, prefix: str) -> list[Tensor]:
-        crops = self.part(f"{prefix}image.")
-        return [crops[str(view)] for view in range(len(crops))]
-
-    def model(self, prefix: str) -> EagerCosmos:
-        model = EagerCosmos(self.config)
-        model.load_state_dict(self.part(prefix), strict=True)
-        return model
+from tests.golden import DATA, GOLDEN_FILES, Golden, assert_close_to_max, without_key_bias
 
 
 @pytest.fixture(scope="module", params=GOLDEN_FILES, ids=lambda path: path.stem)
 def golden(request: pytest.FixtureRequest) -> Golden:
-    with safe_open(request.param, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        metadata = file.metadata()
-    config = json.loads(metadata["cfg"])
-    config.pop("local_size")
-    return Golden(tensors, EagerConfig(**config), json.loads(metadata["hyper"]))
+    return Golden.read(request.param)
 
 
-def assert_close_to_max(actual: Tensor, expected: Tensor, rtol: float, name: str) -> None:
-    """Largest error against the largest entry: tiny gradients beside large ones carry rounding of the large ones."""
-    assert actual.shape == expected.shape, name
-    error = (actual - expected).abs().max()
-    bound = rtol * expected.abs().max() + 1e-9
-    assert error <= bound, f"{name}: error {error:.3g} over {bound:.3g}"
-
-
-def without_key_bias(name: str, tensor: Tensor) -> Tensor:
-    """Drop the key third of a packed projection bias.
-
-    A key bias cancels in the softmax: its gradient is zero but for rounding, which AdamW scales up to whole steps.
-    """
-    if not name.endswith("in_proj_bias"):
-        return tensor
-    query, _, value = tensor.chunk(3)
-    return torch.cat([query, value])
+def model(golden: Golden, prefix: str) -> EagerCosmos:
+    cfg = {key: value for key, value in golden.cfg.items() if key != "local_size"}
+    built = EagerCosmos(EagerConfig(**cfg))
+    built.load_state_dict(golden.part(prefix), strict=True)
+    return built
 
 
 def forward(golden: Golden, student: EagerCosmos) -> tuple[EagerFeatures, EagerFeatures]:
     images, texts = golden.images("input."), golden.tensors["input.text"]
     with torch.no_grad():
-        teacher = golden.model("teacher.")(images[:2], texts[:2], crossmodal=False)
+        teacher = model(golden, "teacher.")(images[:2], texts[:2], crossmodal=False)
     return student(images, texts), teacher
 
 
@@ -77,7 +36,7 @@ def test_there_is_a_golden_file() -> None:
 
 
 def test_features_and_losses_agree(golden: Golden) -> None:
-    student, teacher = forward(golden, golden.model("student."))
+    student, teacher = forward(golden, model(golden, "student."))
     losses = cosmos_loss(student, teacher, golden.tensors["input.text"].shape[1])
     found = {
         "student.image_features": student.image,
@@ -94,7 +53,7 @@ def test_features_and_losses_agree(golden: Golden) -> None:
 
 
 def test_all_gradients_agree(golden: Golden) -> None:
-    student = golden.model("student.")
+    student = model(golden, "student.")
     cosmos_loss(*forward(golden, student), golden.tensors["input.text"].shape[1]).total.backward()
     expected = golden.part("grad.")
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
@@ -105,7 +64,7 @@ def test_all_gradients_agree(golden: Golden) -> None:
 
 
 def test_dense_features_agree(golden: Golden) -> None:
-    student = golden.model("student.")
+    student = model(golden, "student.")
     image = golden.images("input.")[0]
     for name, csa in (("out.dense", False), ("out.dense_csa", True)):
         found = student.encode_dense(image, csa=csa)
@@ -114,7 +73,7 @@ def test_dense_features_agree(golden: Golden) -> None:
 
 def test_trajectory_and_final_weights_agree(golden: Golden) -> None:
     hyper = golden.hyper
-    trainer = EagerTrainer(golden.model("student."), weight_decay=hyper["wd"], ema_decay=hyper["momentum"])
+    trainer = EagerTrainer(model(golden, "student."), weight_decay=hyper["wd"], ema_decay=hyper["momentum"])
     trainer.teacher.load_state_dict(golden.part("teacher."))
     rows = []
     for step in range(int(hyper["steps"])):
@@ -123,9 +82,9 @@ def test_trajectory_and_final_weights_agree(golden: Golden) -> None:
         scales = trainer.student.logit_scale.exp(), trainer.student.distill_logit_scale.exp()
         rows.append([float(value.detach()) for value in (*losses, *scales)])
     torch.testing.assert_close(torch.tensor(rows, dtype=torch.float64), golden.tensors["trajectory"], rtol=1e-5, atol=0)
-    for prefix, model in (("final.student.", trainer.student), ("final.teacher.", trainer.teacher)):
+    for prefix, trained in (("final.student.", trainer.student), ("final.teacher.", trainer.teacher)):
         for name, expected in golden.part(prefix).items():
-            found = without_key_bias(name, model.state_dict()[name])
+            found = without_key_bias(name, trained.state_dict()[name])
             assert_close_to_max(found, without_key_bias(name, expected), 1e-4, prefix + name)
 
 
@@ -133,6 +92,6 @@ def test_trajectory_and_final_weights_agree(golden: Golden) -> None:
 def test_names_and_shapes_are_those_of_the_released_checkpoints(config: EagerConfig) -> None:
     expected = json.loads((DATA / f"state_dict_vit_b_{config.patch_size}.json").read_text())
     with torch.device("meta"):
-        model = EagerCosmos(config)
-    found = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        built = EagerCosmos(config)
+    found = {name: list(tensor.shape) for name, tensor in built.state_dict().items()}
     assert found == {name: list(shape) for name, shape in expected.items()}
