@@ -46,10 +46,11 @@ $(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/pyt
 	@touch $@
 
 demo: setup
-	$(BIN)/cosmos-fast data synth --out data/demo --train 4000 --heldout 500 --seed 0
-	$(BIN)/cosmos-fast train --recipe demo
-	$(BIN)/cosmos-fast train --recipe demo_clip
-	$(BIN)/cosmos-fast eval report --cosmos runs/demo --clip runs/demo_clip --data data/demo/heldout --out runs/demo
+	$(BIN)/cosmos-fast data synth --out data/demo --train 8000 --heldout 500 --seed 0
+	$(BIN)/cosmos-fast train --recipe demo --resume
+	$(BIN)/cosmos-fast train --recipe demo_clip --resume
+	$(BIN)/cosmos-fast eval report --cosmos runs/demo/cosmos --clip runs/demo/clip --data data/demo/heldout --out runs/demo \
+	  --require-chance-multiple 50
 
 test: setup
 	$(BIN)/python -m pytest

@@ -55,7 +55,7 @@ def run(
     All numbers are percent, except ranks. Ties count against the model.
 
     \b
-    cosmos-fast eval run --checkpoint runs/demo --data data/demo/heldout --out runs/demo/eval.json
+    cosmos-fast eval run --checkpoint runs/demo/cosmos --data data/demo/heldout --out runs/demo/eval.json
     """
     from cosmos_fast.config import SourceConfig
     from cosmos_fast.evaluate import record
@@ -114,7 +114,7 @@ def report(
     """Compare COSMOS student and teacher, plain CLIP and chance; writes report.html, results.json and plots/ to OUT.
 
     \b
-    cosmos-fast eval report --cosmos runs/demo_cosmos --clip runs/demo_clip --data data/demo/heldout --out runs/demo
+    cosmos-fast eval report --cosmos runs/demo/cosmos --clip runs/demo/clip --data data/demo/heldout --out runs/demo
     """
     from cosmos_fast.config import SourceConfig
     from cosmos_fast.evaluate.report import build, page

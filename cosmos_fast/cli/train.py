@@ -55,7 +55,7 @@ def command(
     \b
     cosmos-fast train --recipe cc12m_vit_b_16 --set data.train='shards/{00000..02175}.tar'
     cosmos-fast train --recipe demo --set run.max_steps=50 --set optimizer.lr=5e-4
-    cosmos-fast train --config runs/demo/config.yaml --resume
+    cosmos-fast train --config runs/demo/cosmos/config.yaml --resume
     """
     if list_recipes:
         for name, make in RECIPES.items():

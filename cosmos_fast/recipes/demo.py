@@ -1,4 +1,4 @@
-"""Small runs on generated scenes, for a laptop: COSMOS, and plain CLIP to compare it with."""
+"""Small runs on generated scenes, for a laptop: COSMOS, and plain CLIP of equal compute to compare it with."""
 
 from __future__ import annotations
 
@@ -19,41 +19,53 @@ from cosmos_fast.config import (
     VisionConfig,
 )
 
+STEPS = 300
+# A COSMOS sample (8 crops, 8 captions, the teacher) costs this many plain CLIP samples of one crop and one caption;
+# from the FLOPs that both runs log.
+CLIP_STEPS_PER_STEP = 5.68
+
 
 def demo() -> TrainConfig:
     """ViT-tiny COSMOS on generated scenes (`cosmos-fast data synth --out data/demo`), minutes on two CPU cores."""
     return TrainConfig(
-        name="demo",
+        name="cosmos",
         model=ModelConfig(
             embed_dim=128,
-            vision=VisionConfig(image_size=48, patch_size=8, width=128, layers=4, head_width=32),
-            text=TextConfig(context_length=77, width=128, heads=4, layers=4),
+            vision=VisionConfig(image_size=48, patch_size=8, width=128, layers=3, head_width=32),
+            text=TextConfig(context_length=48, width=128, heads=4, layers=2),
             pool_heads=4,
         ),
         data=DataConfig(
             train=(SourceConfig(path="data/demo/train"),),
-            # A scene is told by its colours, and a 48 px crop has no detail to spare: mild jitter, blur below a pixel.
+            # A scene is told by its colours and places, and a 48 px crop has no detail to spare: no flips, global crops
+            # that keep most of the scene, mild jitter, blur below a pixel.
             views=ViewsConfig(
                 local_image_size=24,
-                local_scale=(0.1, 0.4),
+                global_scale=(0.75, 1.0),
+                local_scale=(0.15, 0.5),
+                flip_p=0.0,
                 jitter=(0.2, 0.2, 0.1, 0.02),
+                jitter_p=0.5,
                 gray_p=0.0,
                 global_blur_p=(0.2, 0.1),
                 local_blur_p=0.1,
                 blur_radius=(0.1, 0.7),
                 global_solarize_p=(0.0, 0.0),
+                max_sentences=3,
             ),
             workers=1,
         ),
-        optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.2),
-        schedule=ScheduleConfig(warmup_steps=50),
-        ema=EmaConfig(decay=0.99),
+        optimizer=OptimizerConfig(lr=3e-3, weight_decay=0.2),
+        schedule=ScheduleConfig(warmup_steps=STEPS // 9),
+        # The teacher must keep up with a run of a few hundred steps.
+        ema=EmaConfig(decay=0.96),
         run=RunConfig(
+            out_dir="runs/demo",
             epochs=None,
-            max_steps=300,
+            max_steps=STEPS,
             batch_size=64,
             log_every_steps=10,
-            checkpoint_every_steps=100,
+            checkpoint_every_steps=60,
             evaluate_every_steps=50,
         ),
         evaluate=EvaluateConfig(data=(SourceConfig(path="data/demo/heldout"),), batch_size=64, max_samples=500),
@@ -61,13 +73,22 @@ def demo() -> TrainConfig:
 
 
 def demo_clip() -> TrainConfig:
-    """The same towers, data and optimizer as `demo` under the plain CLIP loss: one crop and one caption a sample."""
+    """The towers, data and optimizer of `demo` under the plain CLIP loss, one crop and caption a sample, equal FLOPs."""
     cosmos = demo()
     views = replace(cosmos.data.views, global_crops=1, local_crops=0, global_captions=1, local_captions=0)
+    steps = round(STEPS * CLIP_STEPS_PER_STEP)
     return replace(
         cosmos,
-        name="demo_clip",
+        name="clip",
         objective="clip",
         model=replace(cosmos.model, crossmodal=False),
         data=replace(cosmos.data, views=views),
+        schedule=ScheduleConfig(warmup_steps=steps // 9),
+        run=replace(
+            cosmos.run,
+            max_steps=steps,
+            log_every_steps=50,
+            checkpoint_every_steps=steps // 6,
+            evaluate_every_steps=steps // 6,
+        ),
     )
