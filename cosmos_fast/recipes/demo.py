@@ -73,7 +73,7 @@ def demo() -> TrainConfig:
 
 
 def demo_clip() -> TrainConfig:
-    """The towers, data and optimizer of `demo` under the plain CLIP loss, one crop and caption a sample, equal FLOPs."""
+    """Plain CLIP with the towers, data and optimizer of `demo`: one crop and caption a sample, equal FLOPs."""
     cosmos = demo()
     views = replace(cosmos.data.views, global_crops=1, local_crops=0, global_captions=1, local_captions=0)
     steps = round(STEPS * CLIP_STEPS_PER_STEP)
