@@ -13,20 +13,26 @@ from torch import Tensor, nn
 from cosmos_fast.model.packing import PackedLayout, SequenceGroup
 
 
-class PackedSelfAttention(nn.Module):
-    """Self-attention on [T, D], sequence by sequence as a layout says; initialised like `nn.MultiheadAttention`."""
+class AttentionProjections(nn.Module):
+    """The parameters of an `nn.MultiheadAttention`, under its names and with its initialisation."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+
+class PackedSelfAttention(AttentionProjections):
+    """Self-attention on [T, D], sequence by sequence as a layout says."""
 
     def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
+        super().__init__(width)
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.in_proj_bias)
-        nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """[T, D] -> [T, D], every token attending within its sequence."""

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from cosmos_fast.model.attention import AttentionProjections
 from cosmos_fast.ops import PoolWeights, attention_weights, cross_attention_pool
-
-
-class _Projections(nn.Module):
-    """The parameters of an `nn.MultiheadAttention`, under its names and with its initialisation."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
 
 class CrossAttentionPool(nn.Module):
@@ -30,7 +18,7 @@ class CrossAttentionPool(nn.Module):
         self.heads = heads
         self.ln_q = nn.LayerNorm(dim)
         self.ln_k = nn.LayerNorm(dim)
-        self.attn = _Projections(dim)
+        self.attn = AttentionProjections(dim)
 
     @property
     def weights(self) -> PoolWeights:

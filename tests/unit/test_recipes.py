@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cosmos_fast.engine.schedules import total_steps
+from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
 
@@ -34,10 +35,22 @@ def test_published_setting(data: str, patch_size: int) -> None:
     assert total_steps(config, samples, gpus) == 32 * samples // (gpus * batch)
 
 
-def test_clip_baseline_differs_from_the_demo_in_objective_and_views_only() -> None:
+def test_clip_baseline_has_the_towers_and_data_of_the_demo_and_equal_compute() -> None:
     demo, clip = get_recipe("demo"), get_recipe("demo_clip")
     assert (demo.model.vision, demo.model.text) == (clip.model.vision, clip.model.text)
-    assert (demo.optimizer, demo.data.train) == (clip.optimizer, clip.data.train)
+    assert (demo.data.train, demo.run.batch_size) == (clip.data.train, clip.run.batch_size)
+    assert (demo.optimizer.weight_decay, demo.optimizer.betas) == (clip.optimizer.weight_decay, clip.optimizer.betas)
+    flops = [
+        config.run.max_steps
+        * sample_flops(
+            config.model,
+            config.data.views,
+            caption_tokens=[33.0] * config.data.views.global_captions + [17.8] * config.data.views.local_captions,
+            global_batch=config.run.batch_size,
+        ).training
+        for config in (demo, clip)
+    ]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
     assert clip.objective == "clip"
     assert not clip.model.crossmodal
 
