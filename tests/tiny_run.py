@@ -27,6 +27,7 @@ TINY = (
     "evaluate.data=null",
     "run.batch_size=4",
     "run.max_steps=6",
+    "optimizer.lr=1e-3",
     "run.log_every_steps=1",
     "run.checkpoint_every_steps=0",
     "run.evaluate_every_steps=0",
@@ -35,7 +36,7 @@ TINY = (
 
 def tiny_config(out_dir: Path, *overrides: str, recipe: str = "demo") -> TrainConfig:
     """The demo recipe shrunk by TINY."""
-    return load_config(get_recipe(recipe), (*TINY, f"run.out_dir={out_dir}", *overrides))
+    return load_config(get_recipe(recipe), (*TINY, f"name={recipe}", f"run.out_dir={out_dir}", *overrides))
 
 
 class FakeLoader:
