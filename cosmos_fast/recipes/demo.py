@@ -19,7 +19,7 @@ from cosmos_fast.config import (
     VisionConfig,
 )
 
-STEPS = 280
+STEPS = 300
 # A COSMOS sample (8 crops, 8 captions, the teacher) costs this many plain CLIP samples of one crop and one caption;
 # from the FLOPs that both runs log.
 CLIP_STEPS_PER_STEP = 5.68
