@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops.backends import Backend, register, resolve
-from cosmos_kernels import native
-from cosmos_kernels.native import AdamwEmaOptions
+from cosmos_kernels import adamw_ema_native, native
+from cosmos_kernels.adamw_ema_native import AdamwEmaOptions
 
 TensorLists = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None]
 
@@ -125,15 +125,15 @@ def _run_eager(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float |
 
 
 def _run_native(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
-    native.adamw_ema_cpu_(*lists, options, float(grad_scale))
+    adamw_ema_native.adamw_ema_cpu_(*lists, options, float(grad_scale))
 
 
 def _run_cuda(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
     if isinstance(grad_scale, Tensor) and grad_scale.device.type == "cuda":
         scale = grad_scale.detach().to(device=lists[0][0].device, dtype=torch.float32)
-        native.adamw_ema_cuda_(*lists, options, 1.0, scale)
+        adamw_ema_native.adamw_ema_cuda_(*lists, options, 1.0, scale)
     else:
-        native.adamw_ema_cuda_(*lists, options, float(grad_scale), None)
+        adamw_ema_native.adamw_ema_cuda_(*lists, options, float(grad_scale), None)
 
 
 def _norm_eager(grads: list[Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def _norm_eager(grads: list[Tensor]) -> Tensor:
 
 
 def _norm_native(grads: list[Tensor]) -> Tensor:
-    return torch.tensor(math.sqrt(native.sum_of_squares_cpu(grads)), dtype=torch.float32)
+    return torch.tensor(math.sqrt(adamw_ema_native.sum_of_squares_cpu(grads)), dtype=torch.float32)
 
 
 def _fp32_contiguous_on(device_type: str, *tensors: Tensor) -> str | None:

@@ -1,8 +1,9 @@
-"""Loader and launchers of the C++/CUDA libraries of csrc/, through ctypes.
+"""Loader of the C++/CUDA libraries of csrc/, through ctypes.
 
 Libraries lie in `_lib/` beside this file, where setup.py puts them; one that is missing, stale or broken is a reason
-in words (`why_missing`), never an exception at import. Launchers take tensors that the caller has checked: fp32,
-contiguous, equal lengths and sizes, on the right device. A call costs a few microseconds plus 0.1 us a tensor.
+in words (`why_missing`), never an exception at import. Each operation's launchers stand in a module of their own
+(`<operation>_native.py`, `<operation>_cuda.py`) and take their C functions from `function`. A call costs a few
+microseconds.
 """
 
 from __future__ import annotations
@@ -10,72 +11,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import torch  # before the libraries: they then share the OpenMP runtime, and its threads, with torch
-from torch import Tensor
+import torch  # noqa: F401  before the libraries: they then share the OpenMP runtime, and its threads, with torch
 
 ABI_VERSION = 1  # COSMOS_ABI_VERSION of csrc/adamw_ema.h
 LIBRARY_DIR = Path(__file__).parent / "_lib"
 LIBRARIES = {"cpu": "libcosmos_cpu.so", "cuda": "libcosmos_cuda.so"}
 _MEND = "reinstall with `pip install -e .`"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamwEmaOptions:
-    """Hyper-parameters of one fused step; `step` is 1 for the first update."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    ema_decay: float
-    step: int
-
-
-class _Options(ctypes.Structure):
-    """CosmosAdamwEmaOptions."""
-
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "ema_decay")),
-        ("grad_scale", ctypes.c_double),
-        ("step", ctypes.c_int64),
-    )
-
-
-class _Tensors(ctypes.Structure):
-    """CosmosAdamwEmaTensors: arrays of pointers, one entry a tensor."""
-
-    _fields_ = (
-        ("tensors", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "ema", "sizes")),
-    )
-
-
-_SIGNATURES: dict[str, dict[str, tuple[list, type]]] = {
-    "cpu": {
-        "cosmos_cpu_isa": ([], ctypes.c_char_p),
-        "cosmos_cpu_openmp": ([], ctypes.c_int32),
-        "cosmos_adamw_ema_cpu": (
-            [ctypes.POINTER(_Tensors), ctypes.POINTER(_Options), ctypes.c_int32],
-            ctypes.c_int32,
-        ),
-        "cosmos_sum_of_squares_cpu": (
-            [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.POINTER(ctypes.c_double)],
-            ctypes.c_int32,
-        ),
-    },
-    "cuda": {
-        "cosmos_cuda_error": ([ctypes.c_int32], ctypes.c_char_p),
-        "cosmos_adamw_ema_cuda": (
-            [ctypes.POINTER(_Tensors), ctypes.POINTER(_Options), ctypes.c_void_p, ctypes.c_void_p],
-            ctypes.c_int32,
-        ),
-    },
-}
 
 
 @functools.cache
@@ -88,13 +33,10 @@ def _load(kind: str) -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
         library.cosmos_abi_version.restype = ctypes.c_int32
         found = library.cosmos_abi_version()
-        if found != ABI_VERSION:
-            return f"{path.name} has interface version {found}, this code wants {ABI_VERSION}: {_MEND}"
-        for name, (arguments, result) in _SIGNATURES[kind].items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, result
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load ({error}): {_MEND}"
+    if found != ABI_VERSION:
+        return f"{path.name} has interface version {found}, this code wants {ABI_VERSION}: {_MEND}"
     return library
 
 
@@ -117,107 +59,31 @@ def why_missing(kind: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def cpu_features() -> str:
-    """What the loaded CPU library uses, for people: instruction set and threading."""
-    library = _library("cpu")
-    threading = "OpenMP" if library.cosmos_cpu_openmp() else "one thread: built without OpenMP"
-    return f"{library.cosmos_cpu_isa().decode()}, {threading}"
+def function(kind: str, name: str, argtypes: Sequence[Any], restype: Any) -> Callable[..., Any]:
+    """The C function of that name in the library "cpu" or "cuda", with its signature set.
 
-
-def _library(kind: str) -> ctypes.CDLL:
-    found = _load(kind)
-    if isinstance(found, str):
-        raise RuntimeError(f"native library {kind!r}: {found}")
+    The library keeps what it has looked up: later calls cost 0.3 us. Raises RuntimeError where the library is missing
+    (with the reason of `why_missing`) or has no such function.
+    """
+    library = _load(kind)
+    if isinstance(library, str):
+        raise RuntimeError(f"native library {kind!r}: {library}")
+    try:
+        found = getattr(library, name)
+    except AttributeError as error:
+        raise RuntimeError(f"native library {kind!r}: {error}: {_MEND}") from None
+    if found.argtypes is None:
+        found.argtypes, found.restype = list(argtypes), restype
     return found
 
 
-def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+def cpu_features() -> str:
+    """What the loaded CPU library uses, for people: instruction set and threading."""
+    openmp = function("cpu", "cosmos_cpu_openmp", [], ctypes.c_int32)()
+    isa = function("cpu", "cosmos_cpu_isa", [], ctypes.c_char_p)()
+    return f"{isa.decode()}, {'OpenMP' if openmp else 'one thread: built without OpenMP'}"
 
 
-def _sizes(tensors: Sequence[Tensor]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
-
-
-def _adamw_ema_tables(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    ema_params: Sequence[Tensor] | None,
-) -> tuple[_Tensors, list[ctypes.Array]]:
-    """The struct of tables, and the tables: they must live until the call returns."""
-    tables = [_pointers(group) for group in (params, grads, exp_avgs, exp_avg_sqs)]
-    ema = None if ema_params is None else _pointers(ema_params)
-    sizes = _sizes(params)
-    address = ctypes.addressof
-    struct = _Tensors(
-        len(params), *(address(table) for table in tables), None if ema is None else address(ema), address(sizes)
-    )
-    return struct, [*tables, sizes] if ema is None else [*tables, ema, sizes]
-
-
-def _adamw_ema_options(options: AdamwEmaOptions, grad_scale: float) -> _Options:
-    o = options
-    return _Options(o.lr, o.beta1, o.beta2, o.eps, o.weight_decay, o.ema_decay, grad_scale, o.step)
-
-
-def adamw_ema_cpu_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    ema_params: Sequence[Tensor] | None,
-    options: AdamwEmaOptions,
-    grad_scale: float,
-) -> None:
-    """csrc/adamw_ema_cpu.cpp over lists of fp32 contiguous CPU tensors, in place; torch's number of threads."""
-    struct, keep = _adamw_ema_tables(params, grads, exp_avgs, exp_avg_sqs, ema_params)
-    status = _library("cpu").cosmos_adamw_ema_cpu(
-        ctypes.byref(struct), ctypes.byref(_adamw_ema_options(options, grad_scale)), torch.get_num_threads()
-    )
-    del keep
-    if status != 0:
-        raise RuntimeError(f"cosmos_adamw_ema_cpu failed with status {status}")
-
-
-def sum_of_squares_cpu(tensors: Sequence[Tensor]) -> float:
-    """Sum of x^2 over all elements of fp32 contiguous CPU tensors; the same bits for any number of threads."""
-    result = ctypes.c_double()
-    status = _library("cpu").cosmos_sum_of_squares_cpu(
-        _pointers(tensors), _sizes(tensors), len(tensors), torch.get_num_threads(), ctypes.byref(result)
-    )
-    if status != 0:
-        raise RuntimeError(f"cosmos_sum_of_squares_cpu failed with status {status}")
-    return result.value
-
-
-def adamw_ema_cuda_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    ema_params: Sequence[Tensor] | None,
-    options: AdamwEmaOptions,
-    grad_scale: float,
-    grad_scale_device: Tensor | None,
-) -> None:
-    """csrc/adamw_ema_cuda.cu over lists of fp32 contiguous tensors of one CUDA device, in place, on its current stream.
-
-    grad_scale_device: one fp32 on that device that multiplies grad_scale as well; never read by the host.
-    """
-    if not params:
-        return
-    library = _library("cuda")
-    struct, keep = _adamw_ema_tables(params, grads, exp_avgs, exp_avg_sqs, ema_params)
-    device = params[0].device
-    with torch.cuda.device(device):
-        status = library.cosmos_adamw_ema_cuda(
-            ctypes.byref(struct),
-            ctypes.byref(_adamw_ema_options(options, grad_scale)),
-            None if grad_scale_device is None else grad_scale_device.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream,
-        )
-    del keep
-    if status != 0:
-        raise RuntimeError(f"cosmos_adamw_ema_cuda: {library.cosmos_cuda_error(status).decode()}")
+def cuda_error(status: int) -> str:
+    """A status of the CUDA library in words: its own negative codes, or the CUDA runtime's."""
+    return function("cuda", "cosmos_cuda_error", [ctypes.c_int32], ctypes.c_char_p)(status).decode()
