@@ -69,7 +69,7 @@ class Meta:
     shapes: ClassSet
     colours: ClassSet
     pairs: ClassSet
-    segments: ClassSet  # class 0 is "background"
+    background: ClassSet  # one class, with the phrases of all backgrounds as its wordings
 
 
 class SceneSet:
@@ -203,7 +203,7 @@ def read_meta(path: Path) -> Meta:
     """Class sets from a meta.json.
 
     Shapes and colours use all their synonyms; colour + shape pairs use the plain names only (with synonyms there would
-    be thousands of prompts); segments are the shapes and, as wordings of a class "background", all background phrases.
+    be thousands of prompts).
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -223,13 +223,11 @@ def read_meta(path: Path) -> Meta:
             for name in names[kind]
         }
 
-    shapes = fill_templates("shapes", wordings("shapes"), nouns)
     pairs = {f"{colour} {shape}": [f"{colour} {shape}"] for colour in names["colours"] for shape in names["shapes"]}
     phrases = [phrase for synonyms in wordings("backgrounds").values() for phrase in synonyms]
-    background = fill_templates("background", {"background": phrases}, backdrops)
     return Meta(
-        shapes=shapes,
+        shapes=fill_templates("shapes", wordings("shapes"), nouns),
         colours=fill_templates("colours", wordings("colours"), adjectives),
         pairs=fill_templates("colour + shape", pairs, nouns),
-        segments=ClassSet("segments", background.classes + shapes.classes, background.prompts + shapes.prompts),
+        background=fill_templates("background", {"background": phrases}, backdrops),
     )

@@ -12,7 +12,7 @@ pixel: so it is not formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,19 +168,21 @@ def segment(
     model: Encoder,
     images: Iterable[tuple[Tensor, tuple[int, int]]],
     text_SD: Tensor,
-    class_S: Tensor,
+    class_sets: Sequence[Tensor],
     *,
     window: int,
     csa: bool,
     protocol: SegmentationProtocol,
     on_done: Callable[[], None] = lambda: None,
-) -> Iterator[Tensor]:
-    """Label maps uint8 [h, w] at each image's own size, in order.
+) -> Iterator[tuple[Tensor, ...]]:
+    """Label maps uint8 [h, w] at each image's own size, in order: one map a class set, from one run of the model.
 
     Args:
         images: normalised pixels [3, h', w'] (already at the protocol's short side), each with the wanted shape (h, w).
-        text_SD, class_S: from `prompts.synonym_features`.
+        text_SD: a feature a wording, from `prompts.synonym_features`.
+        class_sets: int64 [S] each, the class of every wording in that set; -1 where the set does not use it.
     """
+    used = [(class_S >= 0).nonzero().squeeze(1) for class_S in class_sets]
     shapes: list[tuple[int, int]] = []
 
     def pixels() -> Iterator[Tensor]:
@@ -190,5 +192,9 @@ def segment(
 
     maps = sliding_cosines(model, pixels(), text_SD, window=window, csa=csa, protocol=protocol)
     for index, cosine_HWS in enumerate(maps):
-        yield class_S[enlarge(cosine_HWS, shapes[index]).max(dim=-1).indices].to(torch.uint8).cpu()
+        large_HWS = enlarge(cosine_HWS, shapes[index])
+        yield tuple(
+            class_S[columns[large_HWS[..., columns].max(dim=-1).indices]].to(torch.uint8).cpu()
+            for class_S, columns in zip(class_sets, used, strict=True)
+        )
         on_done()

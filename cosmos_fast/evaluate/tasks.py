@@ -18,7 +18,7 @@ from cosmos_fast.evaluate.classification import encode_images, top_k_accuracy
 from cosmos_fast.evaluate.pixels import object_view, short_side_view
 from cosmos_fast.evaluate.prompts import class_features, encode_texts, synonym_features
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
-from cosmos_fast.evaluate.scenes import Scene, SceneSet
+from cosmos_fast.evaluate.scenes import Meta, Scene, SceneSet
 from cosmos_fast.evaluate.segmentation import (
     SegmentationProtocol,
     class_iou,
@@ -32,6 +32,7 @@ from cosmos_fast.utils.errors import UserError
 TASKS = ("retrieval", "classification", "segmentation")
 BATCH_SIZE = 64
 CROP_MARGIN = 0.15
+SEGMENT_KINDS = ("shape", "colour")
 Advance = Callable[[], None]
 
 
@@ -188,60 +189,92 @@ def _count(prompts: tuple[tuple[tuple[str, ...], ...], ...]) -> int:
     return sum(len(wording) for wordings in prompts for wording in wordings)
 
 
+@dataclass(frozen=True)
+class SegmentTexts:
+    """Features [S, D] of all wordings; for each kind of class the names (0 is background) and every wording's class."""
+
+    text_SD: Tensor
+    names: dict[str, tuple[str, ...]]
+    class_sets: dict[str, Tensor]
+
+
+def segment_texts(model: CosmosModel, meta: Meta) -> SegmentTexts:
+    """What pixels are compared with: background phrases, shapes and colours; the background belongs to both kinds."""
+    parts = {"background": meta.background, "shape": meta.shapes, "colour": meta.colours}
+    features = {kind: synonym_features(model, classes, text_encoder(model)) for kind, classes in parts.items()}
+    names = {kind: (*meta.background.classes, *parts[kind].classes) for kind in SEGMENT_KINDS}
+
+    def classes_of(kind: str) -> Tensor:
+        offsets = {"background": 0, kind: 1}
+        return torch.cat(
+            [
+                owner_S + offsets[part] if part in offsets else torch.full_like(owner_S, -1)
+                for part, (_, owner_S) in features.items()
+            ]
+        )
+
+    text_SD = torch.cat([part_SD for part_SD, _ in features.values()])
+    return SegmentTexts(text_SD, names, {kind: classes_of(kind) for kind in SEGMENT_KINDS})
+
+
 def evaluate_segmentation(model: CosmosModel, scenes: SceneSet, on_scene: Advance = lambda: None) -> TaskResult:
-    """Shapes and background, by the sliding-window protocol of `segmentation`, without and with CSA."""
+    """Background against shapes, and against colours, by the protocol of `segmentation`, without and with CSA."""
     meta = scenes.require_meta("segmentation")
-    names = meta.segments.classes
-    text_SD, class_S = synonym_features(model, meta.segments, text_encoder(model))
+    texts = segment_texts(model, meta)
+    masked = [scene for scene in scenes if scene.mask_HW is not None]
+    if not masked:
+        raise UserError(f"segmentation needs mask.png members in {scenes.name}: there are none")
     metrics: dict[str, float] = {}
-    pixels: list[int] = []
+    expected: dict[str, float] = {}
+    constant: dict[str, float] = {}
     for suffix, csa in (("", False), ("_csa", True)):
-        confusion = torch.zeros(len(names), len(names), dtype=torch.int64)
-        truths = (segment_truth(scene, names) for scene in scenes if scene.mask_HW is not None)
-        maps = segment_scenes(model, (s for s in scenes if s.mask_HW is not None), text_SD, class_S, csa, on_scene)
-        for label_HW, truth_HW in zip(maps, truths, strict=True):
-            confusion += confusion_matrix(label_HW, truth_HW, len(names))
-        if confusion.sum() == 0:
-            raise UserError(f"segmentation needs mask.png members in {scenes.name}: there are none")
-        metrics[f"miou{suffix}"] = mean_iou(confusion)
-        ious = zip(names, class_iou(confusion).tolist(), strict=True)
-        metrics |= {f"iou{suffix}_{name}": 100 * iou for name, iou in ious if not math.isnan(iou)}
-        pixels = confusion.sum(dim=1).tolist()
-    guess = chance.segmentation_chance(pixels)
+        confusion = {
+            kind: torch.zeros(len(names), len(names), dtype=torch.int64) for kind, names in texts.names.items()
+        }
+        for scene, labels in zip(masked, segment_scenes(model, masked, texts, csa, on_scene), strict=True):
+            for kind, label_HW in labels.items():
+                names = texts.names[kind]
+                confusion[kind] += confusion_matrix(label_HW, segment_truth(scene, names, kind), len(names))
+        for kind, table_CC in confusion.items():
+            metrics[f"{kind}_miou{suffix}"] = mean_iou(table_CC)
+            ious = zip(texts.names[kind], class_iou(table_CC).tolist(), strict=True)
+            metrics |= {f"{kind}_iou{suffix}_{name}": 100 * iou for name, iou in ious if not math.isnan(iou)}
+            pixels = table_CC.sum(dim=1).tolist()
+            expected[f"{kind}_miou{suffix}"] = chance.segmentation_chance(pixels)
+            constant[kind] = chance.constant_segmentation(pixels)
     protocol = {
-        "classes": list(names),
-        "wordings": len(text_SD),
-        "prompts": _count(meta.segments.prompts),
+        "classes": {kind: list(names) for kind, names in texts.names.items()},
+        "wordings": len(texts.text_SD),
+        "prompts": sum(_count(classes.prompts) for classes in (meta.background, meta.shapes, meta.colours)),
         "background": "class 0; its synonyms are the phrases of all backgrounds",
         "window_px": model.config.vision.image_size,
         "stride": SegmentationProtocol().stride,
         "short_side_windows": SegmentationProtocol().short_side,
         "chance": "a class drawn uniformly for each pixel",
-        "all_background_miou": chance.constant_segmentation(pixels),
+        "all_background_miou": constant,
     }
-    return TaskResult(metrics, {"miou": guess, "miou_csa": guess}, protocol)
+    return TaskResult(metrics, expected, protocol)
 
 
-def segment_truth(scene: Scene, names: tuple[str, ...]) -> Tensor:
-    """Class map int64 [h, w] of a scene: its mask's instance numbers through the record's objects; 0 is background."""
+def segment_truth(scene: Scene, names: tuple[str, ...], kind: str) -> Tensor:
+    """Class map int64 [h, w] by "shape" or "colour": the mask through the record's objects; 0 is background."""
     assert scene.mask_HW is not None
     table = np.zeros(256, dtype=np.int64)
     for thing in scene.objects:
-        table[thing.instance] = _class_of(names, thing.shape)
+        table[thing.instance] = _class_of(names, getattr(thing, kind))
     return torch.from_numpy(table[scene.mask_HW])
 
 
 def segment_scenes(
-    model: CosmosModel,
-    scenes: Iterable[Scene],
-    text_SD: Tensor,
-    class_S: Tensor,
-    csa: bool,
-    on_scene: Advance = lambda: None,
-) -> Iterator[Tensor]:
-    """Predicted class maps uint8 [h, w] at each scene's own size, in order."""
+    model: CosmosModel, scenes: Iterable[Scene], texts: SegmentTexts, csa: bool, on_scene: Advance = lambda: None
+) -> Iterator[dict[str, Tensor]]:
+    """Predicted class maps uint8 [h, w] by kind, at each scene's own size, in order."""
     protocol = SegmentationProtocol()
     window = model.config.vision.image_size
     short_side = round(protocol.short_side * window)
     inputs = ((short_side_view(s.image, short_side), (s.image.height, s.image.width)) for s in scenes)
-    return segment(model, inputs, text_SD, class_S, window=window, csa=csa, protocol=protocol, on_done=on_scene)
+    sets = list(texts.class_sets.values())
+    for labels in segment(
+        model, inputs, texts.text_SD, sets, window=window, csa=csa, protocol=protocol, on_done=on_scene
+    ):
+        yield dict(zip(texts.class_sets, labels, strict=True))

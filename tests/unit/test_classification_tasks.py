@@ -51,15 +51,18 @@ def test_scenes_carry_captions_objects_and_masks_that_agree(data: Path) -> None:
             assert y0 <= ys.min() <= ys.max() <= y1
 
 
-def test_true_segments_are_the_shapes_of_the_instances(data: Path) -> None:
+@pytest.mark.parametrize("kind", tasks.SEGMENT_KINDS)
+def test_true_segments_are_what_the_record_says_of_each_instance(data: Path, kind: str) -> None:
     scenes = open_set(data / "heldout")
-    names = scenes.require_meta("test").segments.classes
-    assert names[0] == "background"
+    meta = scenes.require_meta("test")
+    names = ("background", *(meta.shapes if kind == "shape" else meta.colours).classes)
     scene = next(iter(scenes))
-    truth = tasks.segment_truth(scene, names)
+    truth = tasks.segment_truth(scene, names, kind)
     assert scene.mask_HW is not None
     for thing in scene.objects:
-        assert {names[c] for c in truth[torch.from_numpy(scene.mask_HW == thing.instance)].tolist()} == {thing.shape}
+        assert {names[c] for c in truth[torch.from_numpy(scene.mask_HW == thing.instance)].tolist()} == {
+            getattr(thing, kind)
+        }
     assert not truth[torch.from_numpy(scene.mask_HW == 0)].any()
 
 
@@ -67,7 +70,7 @@ def test_class_sets_use_synonyms_and_background_phrases(data: Path) -> None:
     meta, raw = read_meta(data / "meta.json"), json.loads((data / "meta.json").read_text())
     assert meta.pairs.classes[len(raw["shapes"]) + 1] == f"{raw['colours'][1]} {raw['shapes'][1]}"
     assert len(meta.shapes.prompts[0]) == len(raw["synonyms"]["shapes"][raw["shapes"][0]])
-    background = [prompt for wording in meta.segments.prompts[0] for prompt in wording]
+    background = [prompt for wording in meta.background.prompts[0] for prompt in wording]
     for phrases in raw["synonyms"]["backgrounds"].values():
         assert all(any(phrase in prompt for prompt in background) for phrase in phrases)
 
@@ -175,7 +178,7 @@ def test_a_record_that_does_not_fit_meta_is_refused(data: Path) -> None:
     scene = next(iter(open_set(data / "heldout")))
     alien = replace(scene, objects=(replace(scene.objects[0], shape="dodecahedron"),))
     with pytest.raises(UserError, match="dodecahedron"):
-        tasks.segment_truth(alien, ("background", "circle"))
+        tasks.segment_truth(alien, ("background", "circle"), "shape")
 
 
 def test_nan_weights_are_refused_instead_of_scored(data: Path) -> None:
@@ -197,10 +200,13 @@ def test_classes_that_never_occur_have_no_iou_and_do_not_spoil_the_mean(data: Pa
             return hot.expand(len(images), 4, -1)
 
     scenes = open_set(data / "heldout", max_samples=1)
-    shapes = scenes.require_meta("test").shapes.classes
-    present = {thing.shape for scene in scenes for thing in scene.objects}
-    assert present < set(shapes)
-    result = tasks.evaluate(Shapeless([*shapes, "background"]), scenes, "segmentation")  # type: ignore[arg-type]
-    measured = {key.removeprefix("iou_") for key in result.metrics if key.startswith("iou_") and "csa" not in key}
-    assert measured == {"background", *present}
-    assert result.metrics["miou"] == pytest.approx(result.protocol["all_background_miou"])
+    meta = scenes.require_meta("test")
+    words = [*meta.shapes.classes, *meta.colours.classes, "background"]
+    result = tasks.evaluate(Shapeless(words), scenes, "segmentation")  # type: ignore[arg-type]
+    for kind, classes in (("shape", meta.shapes.classes), ("colour", meta.colours.classes)):
+        present = {getattr(thing, kind) for scene in scenes for thing in scene.objects}
+        assert present < set(classes)
+        prefix = f"{kind}_iou_"
+        measured = {k.removeprefix(prefix) for k in result.metrics if k.startswith(prefix) and "csa" not in k}
+        assert measured == {"background", *present}
+        assert result.metrics[f"{kind}_miou"] == pytest.approx(result.protocol["all_background_miou"][kind])

@@ -30,17 +30,17 @@ def test_reading_says_who_wins_either_way_and_when_it_is_close() -> None:
     won = findings.reading(results(60, 40), 500, 1.01)
     assert "60.0 % of images (300× chance)" in won
     assert "plain CLIP of equal compute reaches 40.0 %" in won
-    assert won.endswith("COSMOS is ahead in all 7 measures.")
-    assert findings.reading(results(40, 60), 500, 2.0).endswith("plain CLIP is ahead in all 7 measures.")
+    assert won.endswith("COSMOS is ahead in all 9 measures.")
+    assert findings.reading(results(40, 60), 500, 2.0).endswith("plain CLIP is ahead in all 9 measures.")
     assert "2.00× the compute" in findings.reading(results(40, 60), 500, 2.0)
-    assert "too close to call in all 7" in findings.reading(results(40, 42), 500, None)
+    assert "too close to call in all 9" in findings.reading(results(40, 42), 500, None)
 
 
 def test_reading_of_a_mixed_outcome_names_the_losses() -> None:
     mixed = results(60, 40)
-    mixed[CLIP] |= {"miou": 70.0, "colour_top1": 90.0, "t2i_r1": 59.0}
+    mixed[CLIP] |= {"shape_miou": 70.0, "colour_top1": 90.0, "t2i_r1": 59.0}
     sentence = findings.reading(mixed, 500, 1.0)
-    assert "plain CLIP wins classification by colour and mIoU" in sentence
+    assert "plain CLIP wins classification by colour and mIoU of shapes" in sentence
     assert "COSMOS wins image → text R@1, classification by shape" in sentence
     assert sentence.endswith("too close to call in text → image R@1.")
 
@@ -71,8 +71,8 @@ def test_table_stars_the_best_model_never_chance_and_ranks_count_downwards() -> 
 
 def test_table_stars_all_that_look_equal() -> None:
     values = results(10, 30)
-    values[TEACHER]["miou"], values[CLIP]["miou"] = 30.04, 30.01
-    cells = next(line.cells for line in findings.table(values) if line.label == "mIoU")
+    values[TEACHER]["shape_miou"], values[CLIP]["shape_miou"] = 30.04, 30.01
+    cells = next(line.cells for line in findings.table(values) if line.label == "mIoU of shapes")
     assert cells[TEACHER].best
     assert cells[CLIP].best
 

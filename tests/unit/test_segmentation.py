@@ -96,7 +96,8 @@ def test_segment_equals_the_protocol_written_as_a_loop(csa: bool, batch_size: in
     sizes = [((16, 16), (20, 20)), ((24, 37), (50, 77)), ((24, 24), (9, 9)), ((31, 24), (31, 24))]
     images = [(torch.randn(3, *small, generator=generator), shape) for small, shape in sizes]
     protocol = seg.SegmentationProtocol(batch_size=batch_size)
-    labels = list(seg.segment(model, images, text, torch.tensor(owner), window=16, csa=csa, protocol=protocol))
+    maps = seg.segment(model, images, text, [torch.tensor(owner)], window=16, csa=csa, protocol=protocol)
+    labels = [label for (label,) in maps]
     assert max(model.batches) <= batch_size
     assert len(labels) == len(images)
     for label, (pixels, shape) in zip(labels, images, strict=True):
@@ -112,7 +113,7 @@ def test_windows_of_several_images_share_batches() -> None:
     images = [(torch.zeros(3, 24, 24), (24, 24))] * 5
     protocol = seg.SegmentationProtocol(batch_size=8)
     text = torch.eye(5)[:2]
-    assert len(list(seg.segment(model, images, text, torch.arange(2), window=16, csa=False, protocol=protocol))) == 5
+    assert len(list(seg.segment(model, images, text, [torch.arange(2)], window=16, csa=False, protocol=protocol))) == 5
     assert model.batches == [8, 8, 4]
 
 

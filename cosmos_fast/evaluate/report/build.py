@@ -81,8 +81,10 @@ def page_content(inputs: Inputs, flat: Mapping[str, Mapping[str, float]], drawn:
         "image_queries": examples.image_queries(pairs, scenes),
         "caption_queries": examples.caption_queries(pairs, scenes),
         "attended": examples.attention_examples(inputs.teacher, scenes),
-        "segmented": examples.segmentation_examples(inputs.teacher, scenes, meta) if meta and has_masks else [],
-        "segment_classes": meta.segments.classes[1:] if meta else (),
+        "segmented": examples.segmentation_examples(inputs.teacher, scenes, meta, "colour")
+        if meta and has_masks
+        else [],
+        "segment_classes": meta.colours.classes if meta else (),
         "views": examples.view_examples(inputs.cosmos.config, inputs.scenes),
         "runs": [run_facts(name, run) for name, run in (("COSMOS", inputs.cosmos), ("plain CLIP", inputs.clip)) if run],
         "machine": record.machine(),

@@ -14,10 +14,9 @@ from cosmos_fast.data.images import denormalize, eval_crop, to_tensor
 from cosmos_fast.data.loader import build_loader
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.attention import END, START, WordWeight, patch_map, word_spans, word_weights
-from cosmos_fast.evaluate.prompts import synonym_features
 from cosmos_fast.evaluate.report import pictures
 from cosmos_fast.evaluate.scenes import Meta, Scene, SceneSet
-from cosmos_fast.evaluate.tasks import PairFeatures, segment_scenes, segment_truth, text_encoder
+from cosmos_fast.evaluate.tasks import PairFeatures, segment_scenes, segment_texts, segment_truth
 from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.utils.errors import UserError
 
@@ -133,15 +132,19 @@ def attention_examples(model: CosmosModel, scenes: Sequence[Scene]) -> list[Atte
 
 
 @torch.inference_mode()
-def segmentation_examples(model: CosmosModel, scenes: Sequence[Scene], meta: Meta) -> list[Segmented]:
-    """A few scenes with their true and predicted class maps, without and with CSA."""
+def segmentation_examples(model: CosmosModel, scenes: Sequence[Scene], meta: Meta, kind: str) -> list[Segmented]:
+    """A few scenes with their true and predicted maps of shapes or colours, without and with CSA."""
     chosen = [scenes[i] for i in sample_scenes(scenes, SEGMENTED_SCENES, salt=3) if scenes[i].mask_HW is not None]
-    text_SD, class_S = synonym_features(model, meta.segments, text_encoder(model))
-    maps = [list(segment_scenes(model, chosen, text_SD, class_S, csa)) for csa in (False, True)]
+    texts = segment_texts(model, meta)
+    colours = pictures.class_colours(texts.names[kind][1:])
+    maps = [list(segment_scenes(model, chosen, texts, csa)) for csa in (False, True)]
     found = []
     for scene, plain, csa in zip(chosen, *maps, strict=True):
-        truth = segment_truth(scene, meta.segments.classes)
-        overlays = [pictures.png(pictures.class_overlay(scene.image, m.numpy())) for m in (truth, plain, csa)]
+        truth = segment_truth(scene, texts.names[kind], kind)
+        overlays = [
+            pictures.png(pictures.class_overlay(scene.image, m.numpy(), colours))
+            for m in (truth, plain[kind], csa[kind])
+        ]
         found.append(Segmented(pictures.jpeg(pictures.enlarge(scene.image)), *overlays))
     return found
 

@@ -36,8 +36,10 @@ MEASURES = (
     Measure("colour_top1", "Zero-shot classification", "colour", decides=True),
     Measure("pair_top1", "Zero-shot classification", "colour + shape", decides=True),
     Measure("pair_top5", "Zero-shot classification", "colour + shape, top 5"),
-    Measure("miou", "Zero-shot segmentation", "mIoU", decides=True),
-    Measure("miou_csa", "Zero-shot segmentation", "mIoU with CSA", decides=True),
+    Measure("shape_miou", "Zero-shot segmentation", "mIoU of shapes", decides=True),
+    Measure("shape_miou_csa", "Zero-shot segmentation", "mIoU of shapes, with CSA", decides=True),
+    Measure("colour_miou", "Zero-shot segmentation", "mIoU of colours", decides=True),
+    Measure("colour_miou_csa", "Zero-shot segmentation", "mIoU of colours, with CSA", decides=True),
 )
 
 
@@ -162,12 +164,14 @@ def _names(names: tuple[str, ...]) -> str:
 
 
 def csa_sentence(results: Mapping[str, Metrics]) -> str | None:
-    """What CSA did to each model's segmentation, in points of mIoU."""
+    """What CSA did to each model's segmentation by colour, in points of mIoU."""
     parts = []
     for entity, metrics in results.items():
-        if entity != CHANCE and {"miou", "miou_csa"} <= metrics.keys():
-            change = round(metrics["miou_csa"] - metrics["miou"], 1)
+        if entity != CHANCE and {"colour_miou", "colour_miou_csa"} <= metrics.keys():
+            change = round(metrics["colour_miou_csa"] - metrics["colour_miou"], 1)
             parts.append(f"{change or 0.0:+.1f} points for the {LABELS[entity]}")
     if not parts:
         return None
-    return f"CSA changes segmentation by {_names(tuple(parts))}.".replace("the plain", "plain").replace("-", "−")
+    return f"CSA changes segmentation by colour by {_names(tuple(parts))}.".replace("the plain", "plain").replace(
+        "-", "−"
+    )

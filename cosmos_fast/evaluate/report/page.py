@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cosmos_fast.evaluate.report import findings
-from cosmos_fast.evaluate.report.pictures import class_colour
+from cosmos_fast.evaluate.report.pictures import class_colours
 from cosmos_fast.evaluate.report.theme import DARK, LIGHT
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import fsync_path
@@ -39,7 +39,7 @@ def environment() -> Environment:
     jinja.globals |= {
         "labels": findings.LABELS,
         "themes": {"light": LIGHT, "dark": DARK},
-        "class_colour": class_colour,
+        "class_colours": class_colours,
     }
     return jinja
 

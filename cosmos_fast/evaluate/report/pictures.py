@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Sequence
 
 import matplotlib
+import matplotlib.colors
 import numpy as np
 from PIL import Image
 
@@ -43,19 +46,22 @@ def heat_overlay(image: Image.Image, map_01: np.ndarray, side: int = SIDE) -> Im
     return Image.fromarray((grey * (1 - opacity) + colours * opacity).round().astype(np.uint8))
 
 
-def class_overlay(image: Image.Image, labels_HW: np.ndarray, side: int = SIDE) -> Image.Image:
-    """A class map over the greyed image: each class in its colour, background (0) left grey."""
+def class_overlay(image: Image.Image, labels_HW: np.ndarray, colours: Sequence[str], side: int = SIDE) -> Image.Image:
+    """A class map over the greyed image: class c >= 1 in colours[c - 1] (hex), background (0) left grey."""
     picture = enlarge(image, side)
     labels = np.asarray(Image.fromarray(labels_HW.astype(np.uint8)).resize(picture.size, Image.Resampling.NEAREST))
     grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.75 + 50
-    colours = np.array([(0, 0, 0), *(rgb(class_colour(c)) for c in range(1, 256))], dtype=np.float32)[labels]
+    painted = np.array([(0, 0, 0), *map(rgb, colours)], dtype=np.float32)[labels]
     opacity = np.where(labels > 0, 0.72, 0.0)[..., None]
-    return Image.fromarray((grey * (1 - opacity) + colours * opacity).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray((grey * (1 - opacity) + painted * opacity).round().clip(0, 255).astype(np.uint8))
 
 
-def class_colour(index: int) -> str:
-    """Hex colour of class `index` >= 1; colours repeat past the palette."""
-    return CLASS_COLOURS[(index - 1) % len(CLASS_COLOURS)]
+def class_colours(names: Sequence[str]) -> list[str]:
+    """A hex colour a class: the one it is named after, else one of the palette, which repeats."""
+    palette = itertools.cycle(CLASS_COLOURS)
+    return [
+        matplotlib.colors.to_hex(name) if matplotlib.colors.is_color_like(name) else next(palette) for name in names
+    ]
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
