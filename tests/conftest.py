@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 # Small tensors gain nothing from a second thread, and the suite runs one process a core.
 torch.set_num_threads(1)
+
+# Without a GPU, Triton's kernels are tested in its interpreter. Triton looks at this when it is imported, so it stands
+# here, before any test module can bring Triton in. `auto` never chooses interpreted kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

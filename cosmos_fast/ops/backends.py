@@ -7,10 +7,11 @@ with the reason. `cosmos-fast doctor` prints `table()`.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -25,17 +26,36 @@ def _nothing_against(*_: Tensor) -> str | None:
 class Backend:
     """One implementation of one operation.
 
+    `run` is what runs: a function, or a namespace (a module, say) with the operation's stage functions. Where importing
+    it costs something or needs an optional package, leave `run` out and give `load`, which returns it at first use:
+    `load=partial(import_module, "cosmos_kernels.infonce_triton")`. Callers take `stages`, which serves both.
+
     `why_unavailable()` tells why it cannot run on this machine, `why_unsupported(*tensors)` why it cannot take these
-    tensors; both return None when nothing is in the way. `summary` is for people: what it does, where it pays.
+    tensors; both return None when nothing is in the way, and neither may import what `load` is there to postpone.
+    `summary` is for people: what it does, where it pays. `automatic=False`: only on explicit request.
     """
 
     op: str
     name: str
-    run: Callable
-    summary: str
+    run: Any = None
+    summary: str = ""
     why_unavailable: Callable[[], str | None] = _nothing_against
     why_unsupported: Callable[..., str | None] = _nothing_against
     automatic: bool = True
+    load: Callable[[], Any] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.run is None) != (self.load is None), f"{self.op}: {self.name}: give either run or load"
+
+    @property
+    def stages(self) -> Any:
+        """What runs, imported at first use."""
+        return self.run if self.load is None else _loaded(self.load)
+
+
+@functools.cache
+def _loaded(load: Callable[[], Any]) -> Any:
+    return load()
 
 
 class Resolution(NamedTuple):
@@ -76,7 +96,7 @@ def resolve(op: str, request: str, *tensors: Tensor) -> Resolution:
     for backend in known:
         if not backend.automatic:
             continue
-        objection = backend.why_unavailable() or backend.why_unsupported(*tensors)
+        objection = backend.why_unavailable() or backend.why_unsupported(*tensors) or _why_not_auto(backend, tensors)
         if objection is None:
             reason = "; ".join([*passed_over, f"{backend.name}: first choice that runs here"])
             _announce(op, backend.name, reason)
@@ -108,6 +128,12 @@ def _resolve_explicit(op: str, request: str, known: list[Backend], tensors: tupl
     if objection is not None:
         raise ValueError(f"{op}: backend {request!r} was asked for but cannot run: {objection}")
     return Resolution(chosen, "asked for by name")
+
+
+def _why_not_auto(backend: Backend, tensors: tuple[Tensor, ...]) -> str | None:
+    """Triton takes CPU tensors in its interpreter only, which is for tests: never chosen by itself."""
+    interpreted = backend.name == "triton" and any(tensor.device.type == "cpu" for tensor in tensors)
+    return "Triton's interpreter runs on request only" if interpreted else None
 
 
 def _announce(op: str, name: str, reason: str) -> None:

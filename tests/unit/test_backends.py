@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,3 +66,32 @@ def test_no_backend_for_auto_is_an_error(monkeypatch):
     register(Backend("toy", "gpu", lambda: None, "", why_unavailable=lambda: "no GPU"))
     with pytest.raises(ValueError, match=r"no backend takes these tensors \(gpu: no GPU\)"):
         resolve("toy", "auto", torch.ones(1))
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_loaded_backend_is_imported_at_first_use_and_once():
+    loads = []
+    namespace = SimpleNamespace(forward=lambda: "forward")
+    register(Backend("toy", "lazy", load=lambda: loads.append(1) or namespace, summary="late", automatic=False))
+    backend = resolve("toy", "lazy", torch.ones(1)).backend
+    backends.table()
+    assert loads == []
+    assert backend.stages is backend.stages is namespace
+    assert loads == [1]
+    assert resolve("toy", "plain", torch.ones(1)).backend.stages() == "plain"
+
+
+def test_a_backend_runs_or_loads_but_not_both():
+    for given in ({}, {"run": print, "load": print}):
+        with pytest.raises(AssertionError, match="either run or load"):
+            Backend("toy", "x", **given)
+
+
+@pytest.mark.usefixtures("toy")
+def test_auto_never_chooses_interpreted_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "_BACKENDS", {})
+    register(Backend("toy", "triton", lambda: "triton"), Backend("toy", "plain", lambda: "plain"))
+    backend, reason = resolve("toy", "auto", torch.ones(1))
+    assert backend.name == "plain"
+    assert "interpreter runs on request only" in reason
+    assert resolve("toy", "triton", torch.ones(1)).backend.name == "triton"

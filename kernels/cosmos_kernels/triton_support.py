@@ -1,0 +1,100 @@
+"""What every Triton module of this package needs: can Triton run here, on these tensors, and how bf16 must be treated.
+
+Imports no Triton itself, so that asking costs nothing on a machine without a GPU.
+
+Triton runs a kernel on a GPU, or, with TRITON_INTERPRET=1 set before it is imported, in its interpreter on CPU
+tensors: slow (0.7 ms a program), for tests only. The interpreter keeps bf16 as raw 16-bit integers, so arithmetic on
+it is meaningless, and it truncates where it stores bf16. Kernels therefore take `UPCAST: tl.constexpr` and convert
+what they load to fp32 where it is set; launchers pass `upcast(dtype)`, which is False on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIN_TRITON = (3, 6)
+MIN_CAPABILITY = (8, 0)
+ARCHITECTURES = (80, 90, 100)  # compute capability times ten: A100, H100/H200, B200
+
+# As Triton reads the variable; it looks when a kernel is decorated, hence at the import of the module that holds it.
+INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AheadCase:
+    """One specialisation of a kernel that is compiled without a GPU, for its registers, shared memory and spills.
+
+    Choose what the launcher really passes for a large input of the published model: a specialisation nobody launches
+    measures nothing.
+
+    name: unique in its module, for people and for the table of resources, such as "backward/D512/fp16".
+    kernel: the `@triton.jit` function.
+    signature: Triton type of every argument that is not a constexpr: "*fp16", "*fp32", "i32", "i64", "fp32", ...
+    constexprs: value of every `tl.constexpr` argument (and of arguments that are None or 1 at launch).
+    divisible_by_16: integer arguments that are multiples of 16 at launch (strides, sizes); pointers always are.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, object] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible_by_16: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ARCHITECTURES
+
+
+@functools.cache
+def why_missing() -> str | None:
+    """None where Triton kernels can run on this machine, else the reason."""
+    if not INTERPRETED:
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        capability = torch.cuda.get_device_capability()
+        if capability < MIN_CAPABILITY:
+            return f"compute capability {capability[0]}.{capability[1]}, it needs 8.0 or newer"
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install 'cosmos-fast[triton]')"
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises anything
+        return f"triton does not import: {type(error).__name__}: {error}"
+    if _release(triton.__version__) < MIN_TRITON:
+        return f"triton {triton.__version__} is too old, it needs {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def why_not_on(*tensors: Tensor) -> str | None:
+    """None where Triton can reach these tensors: all on one CUDA device, or on the CPU if interpreted."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        return f"its tensors lie on several devices: {', '.join(sorted(str(device) for device in devices))}"
+    wanted = "cpu" if INTERPRETED else "cuda"
+    for device in devices:
+        if device.type != wanted and not (INTERPRETED and device.type == "cuda"):
+            return f"it runs on {wanted} tensors, these are on {device}"
+    return None
+
+
+def upcast(dtype: torch.dtype) -> bool:
+    """Whether a kernel must convert this dtype to fp32 right after loading, and store fp32 for torch to round."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def launch_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Makes the tensor's device current while a kernel is launched: Triton launches on the current one."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()

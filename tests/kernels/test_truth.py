@@ -1,0 +1,66 @@
+"""The rule that kernels are judged by: what it lets pass, and what not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.truth import assert_no_worse, error, outcome
+
+
+def softmax_product(x, y):
+    return (x @ y.T).softmax(-1), (x * x).sum()
+
+
+def draw(dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return {name: (scale * torch.randn(6, 5, generator=generator)).to(dtype) for name in ("x", "y")}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eager_passes_its_own_rule_and_a_coarse_kernel_does_not(dtype):
+    inputs = draw(dtype)
+    truth, eager = outcome(softmax_product, inputs, torch.float64), outcome(softmax_product, inputs)
+    assert truth.outputs["output 0"].dtype == torch.float64
+    assert eager.gradients.keys() == {"x", "y"}
+    assert_no_worse(eager, eager, truth)
+    coarse = outcome(lambda x, y: [out * 1.05 for out in softmax_product(x, y)], inputs)
+    with pytest.raises(AssertionError, match=r"output 0: error 0\.0"):
+        assert_no_worse(coarse, eager, truth)
+
+
+def test_gradients_are_judged_too():
+    inputs = draw()
+    truth, eager = outcome(softmax_product, inputs, torch.float64), outcome(softmax_product, inputs)
+    eager.gradients["x"][0, 0] += 1e-3
+    fresh = outcome(softmax_product, inputs)
+    with pytest.raises(AssertionError, match="x: error"):
+        assert_no_worse(eager, fresh, truth)
+
+
+def test_a_small_tensor_is_held_to_its_own_size():
+    truth = torch.full((3,), 1e-9, dtype=torch.float64)
+    assert error(truth + 1e-12, truth) == pytest.approx(1e-3)
+    assert error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert error(torch.full((2,), 0.5), torch.zeros(2)) == 0.5
+
+
+def test_what_is_not_finite_must_be_so_in_the_truth():
+    nan, inf = math.nan, math.inf
+    truth = torch.tensor([1.0, nan, inf])
+    assert error(torch.tensor([1.0, nan, inf]), truth) == 0.0
+    assert error(torch.tensor([1.0, 2.0, inf]), truth) == inf
+    assert error(torch.tensor([1.0, nan, -inf]), truth) == inf
+    assert error(torch.tensor([nan, nan, inf]), truth) == inf
+    with pytest.raises(AssertionError, match=r"shape \(2,\)"):
+        error(torch.zeros(2), torch.zeros(3))
+
+
+def test_inputs_stay_as_they_are_and_may_be_without_gradient():
+    inputs = {**draw(), "index": torch.arange(6)}
+    found = outcome(lambda x, y, index: x[index] + y, inputs, torch.float64, without_gradient=("y",))
+    assert found.gradients.keys() == {"x"}
+    assert inputs["x"].grad is None
+    assert not inputs["x"].requires_grad

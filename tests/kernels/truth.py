@@ -1,0 +1,124 @@
+"""How exact must a kernel be: no worse than a small multiple of what plain PyTorch loses in the same dtype.
+
+    truth = outcome(reference.op, inputs, torch.float64)
+    eager = outcome(reference.op, inputs)             # the oracle in the inputs' own dtypes
+    found = outcome(partial(op, backend="triton"), inputs)
+    assert_no_worse(found, eager, truth)
+
+An error is the largest deviation from the truth over the truth's largest entry, so that a tensor of tiny gradients is
+held to its own size. NaN and infinity count as an infinite error, unless the truth has the same one there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+
+class Outcome(NamedTuple):
+    """Outputs by position ("output 0", ...), and gradients by the name of the input."""
+
+    outputs: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+
+def outcome(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    *,
+    without_gradient: tuple[str, ...] = (),
+) -> Outcome:
+    """Call `function(**inputs)` on detached inputs, in `dtype` if given, and back-propagate a fixed random gradient.
+
+    The gradient of output i is the same for every dtype (up to its rounding), so outcomes can be compared. Strides of
+    the inputs are kept where the dtype is. Inputs of integer dtype pass unchanged.
+    """
+    leaves = {name: _leaf(tensor, dtype, name not in without_gradient) for name, tensor in inputs.items()}
+    returned = function(**leaves)
+    outputs = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+    differentiable = [output for output in outputs if output.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, [_gradient_for(output, i) for i, output in enumerate(differentiable)])
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return Outcome({f"output {i}": output.detach() for i, output in enumerate(outputs)}, gradients)
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype | None, with_gradient: bool) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    leaf = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    return leaf.requires_grad_(with_gradient)
+
+
+def _gradient_for(output: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    drawn = torch.rand(output.shape, generator=generator, dtype=torch.float64) + 0.5
+    signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+    return (drawn * signs).to(output.device, output.dtype) if output.dim() else torch.ones_like(output)
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """Largest deviation over the truth's largest finite entry (absolute where the truth is zero everywhere)."""
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return 0.0
+    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    special = ~truth.isfinite()
+    same_special = (actual == truth) | (actual.isnan() & truth.isnan())
+    if not same_special[special].all() or not actual[~special].isfinite().all():
+        return math.inf
+    finite = truth[~special]
+    if finite.numel() == 0:
+        return 0.0
+    largest = finite.abs().max().item()
+    return (actual[~special] - finite).abs().max().item() / (largest or 1.0)
+
+
+def floor(*dtypes: torch.dtype) -> float:
+    """Error that is always allowed: a few roundings of the coarsest dtype, where eager happened to be lucky."""
+    return max((4.0 if dtype in (torch.float32, torch.float64) else 1.0) * torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def assert_no_worse(
+    found: Outcome,
+    eager: Outcome,
+    truth: Outcome,
+    *,
+    output_factor: float = OUTPUT_FACTOR,
+    gradient_factor: float = GRADIENT_FACTOR,
+    extra_floor: float = 0.0,
+) -> None:
+    """Every output and gradient within `factor` times eager's error, or the floor of its dtype, whichever is larger.
+
+    extra_floor: relative error allowed on top of the floor, for a kernel whose operand dtype is coarser by design.
+    """
+    assert_tensors_no_worse(found.outputs, eager.outputs, truth.outputs, factor=output_factor, extra_floor=extra_floor)
+    assert_tensors_no_worse(
+        found.gradients, eager.gradients, truth.gradients, factor=gradient_factor, extra_floor=extra_floor
+    )
+
+
+def assert_tensors_no_worse(
+    found: Mapping[str, Tensor],
+    eager: Mapping[str, Tensor],
+    truth: Mapping[str, Tensor],
+    *,
+    factor: float,
+    extra_floor: float = 0.0,
+) -> None:
+    """The rule of `assert_no_worse` for named tensors; names every tensor that breaks it."""
+    assert found.keys() == truth.keys() == eager.keys(), f"{sorted(found)}, expected {sorted(truth)}"
+    broken = []
+    for name, expected in truth.items():
+        ours, theirs = error(found[name], expected), error(eager[name], expected)
+        allowed = max(factor * theirs, floor(found[name].dtype)) + extra_floor
+        if not ours <= allowed:
+            broken.append(f"{name}: error {ours:.3g}, allowed {allowed:.3g} (eager {theirs:.3g})")
+    assert not broken, "; ".join(broken)
