@@ -4,26 +4,35 @@ The V queries of a sample attend to the same tokens, so keys and values belong t
 projections W_q, W_k, W_v and x^ = (x - mean) / std (LayerNorm without its affine part gamma, beta):
 
     score  = (W_q LN(q) + b_q) . (W_k (gamma x^ + beta) + b_k)  =  ((W_q LN(q) + b_q)^T W_k gamma) . x^  + const
-    pooled = sum_l P_l W_v (gamma x^_l + beta) + b_v            =  W_v (gamma (P x^) + beta) + b_v
+    pooled = sum_l P_l W_v (gamma x^_l + beta) + b_v            =  W_v gamma (P x^) + W_v beta + b_v
 
 The constant (key bias and beta) is the same for every token and cancels in the softmax; value bias and beta come out
 whole because P sums to 1. Neither K nor V is ever formed: two products against the tokens, [V H, D] x [D, L] and back.
 
-Axes: B batch, V views, L tokens, D embedding, H heads.
+A backend gives what meets the tokens, two stage functions with the contract of `cross_pool_tiled`: `attend` and
+`attend_backward`. Projections, residual and normalisation (`cross_pool_products`) are the library's matrix products for
+all of them. Saved for backward: the inputs, the output, its norms, and the log-sum-exps of the scores.
+
+Axes: B batch, V views, L tokens, D embedding, H heads, M = V H.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cosmos_fast.ops import cross_pool_products as products
+from cosmos_fast.ops import cross_pool_tiled
 from cosmos_fast.ops.backends import Backend, register, resolve
 from cosmos_kernels import reference
 
-LAYER_NORM_EPS = 1e-5
+OP = "cross_attention_pool"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,88 +49,181 @@ class PoolWeights:
     out_proj_bias: Tensor
     heads: int
 
+    @property
+    def parameters(self) -> products.Parameters:
+        return products.Parameters(
+            ln_q_weight=self.ln_q_weight,
+            ln_q_bias=self.ln_q_bias,
+            ln_k_weight=self.ln_k_weight,
+            ln_k_bias=self.ln_k_bias,
+            in_proj_weight=self.in_proj_weight,
+            in_proj_bias=self.in_proj_bias,
+            out_proj_weight=self.out_proj_weight,
+            out_proj_bias=self.out_proj_bias,
+        )
+
 
 def cross_attention_pool(
     tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights, *, backend: str = "auto"
 ) -> Tensor:
     """normalize(query + attention(LN(query), LN(tokens))), one query a view, all tokens attended to.
 
+    Matrix products run in the dtype of the tokens, under autocast too; softmax, norms and residual in fp32 (fp64 for
+    fp64 input).
+
     Args:
-        tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, or what autocast makes of them.
-        queries_BVD: [B, V, D] un-normalised features, one a view.
-        weights: the pooling's parameters.
-        backend: "auto", "absorbed" or "eager" (the oracle, which repeats keys and values for every view).
+        tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, bf16 or fp16.
+        queries_BVD: [B, V, D] un-normalised features, one a view; fp64 with fp64 tokens, else any of the others.
+        weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others.
+        backend: "auto", "tiled" (PyTorch) or "eager" (the oracle, which repeats keys and values for every
+            view).
 
     Returns:
         [B, V, D] cross-modal features, L2-normalised, fp32 (fp64 for fp64 input).
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run.
+        ValueError: shapes, dtypes or devices that do not fit together, or a backend that cannot run.
     """
     _check_arguments(tokens_BLD, queries_BVD, weights)
-    chosen, _ = resolve("cross_attention_pool", backend, tokens_BLD, queries_BVD)
-    return chosen.run(tokens_BLD, queries_BVD, weights)
+    if backend == "eager":
+        return _run_eager(tokens_BLD, queries_BVD, weights)
+    output_BVD, _, _ = _pool(tokens_BLD, queries_BVD, list(weights.parameters), weights.heads, backend)
+    return output_BVD
 
 
 def attention_weights(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights) -> Tensor:
-    """The softmax weights of the pooling over the tokens: [B, V, H, L], each summing to 1."""
-    scores, _ = _absorbed_scores(tokens_BLD, queries_BVD, weights)
-    batch, views, _ = queries_BVD.shape
-    return scores.softmax(-1).view(batch, views, weights.heads, -1)
-
-
-def _absorbed_scores(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights) -> tuple[Tensor, Tensor]:
-    """Scores [B, V*H, L] before the softmax, and the normalised tokens x^ [B, L, D]."""
+    """The softmax weights of the pooling over the tokens: [B, V, H, L], each summing to 1; no gradient."""
+    _check_arguments(tokens_BLD, queries_BVD, weights)
     batch, views, dim = queries_BVD.shape
-    heads, head_dim = weights.heads, dim // weights.heads
-    normed_BLD = F.layer_norm(tokens_BLD, (dim,), eps=LAYER_NORM_EPS)
-    queries = F.layer_norm(queries_BVD, (dim,), weights.ln_q_weight, weights.ln_q_bias, LAYER_NORM_EPS)
-    queries = F.linear(queries, weights.in_proj_weight[:dim], weights.in_proj_bias[:dim]) * head_dim**-0.5
-    key_proj_HdD = (weights.in_proj_weight[dim : 2 * dim] * weights.ln_k_weight).view(heads, head_dim, dim)
-    queries_HNd = queries.view(batch * views, heads, head_dim).transpose(0, 1)
-    absorbed = torch.bmm(queries_HNd, key_proj_HdD).transpose(0, 1).reshape(batch, views * heads, dim)
-    return torch.bmm(absorbed, normed_BLD.to(absorbed.dtype).transpose(1, 2)), normed_BLD
+    with torch.no_grad(), _own_dtypes(tokens_BLD):
+        folded = products.fold(weights.parameters, weights.heads, tokens_BLD.dtype)
+        absorbed_BMD = products.absorb(queries_BVD, folded, weights.heads).queries_BMD
+        normed_BLD = F.layer_norm(tokens_BLD, (dim,), eps=products.LAYER_NORM_EPS)
+        scores_BML = torch.bmm(absorbed_BMD, normed_BLD.mT).to(products.wide(tokens_BLD.dtype))
+        return scores_BML.softmax(-1).view(batch, views, weights.heads, -1)
 
 
-def _run_absorbed(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights) -> Tensor:
-    batch, views, dim = queries_BVD.shape
-    heads, head_dim = weights.heads, dim // weights.heads
-    scores, normed_BLD = _absorbed_scores(tokens_BLD, queries_BVD, weights)
-    attended = torch.bmm(scores.softmax(-1).to(normed_BLD.dtype), normed_BLD)
-    attended = attended * weights.ln_k_weight + weights.ln_k_bias
-    attended_HND = attended.view(batch * views, heads, dim).transpose(0, 1)
-    value_proj_HDd = weights.in_proj_weight[2 * dim :].view(heads, head_dim, dim).transpose(1, 2)
-    values = torch.bmm(attended_HND, value_proj_HDd.to(attended_HND.dtype)).transpose(0, 1).reshape(batch, views, dim)
-    pooled = F.linear(values + weights.in_proj_bias[2 * dim :], weights.out_proj_weight, weights.out_proj_bias)
-    return F.normalize(_at_least_fp32(queries_BVD) + pooled, dim=-1)
+@torch.library.custom_op("cosmos_fast::cross_attention_pool", mutates_args=())
+def _pool(
+    tokens: Tensor, queries: Tensor, parameters: Sequence[Tensor], heads: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, V, D], its norms before normalisation [B, V, 1], log-sum-exps of the scores [B, M]."""
+    chosen, _ = resolve(OP, backend, tokens, queries)
+    with _own_dtypes(tokens):
+        return products.forward(tokens, queries, products.Parameters(*parameters), heads, chosen.stages.attend)
+
+
+@_pool.register_fake
+def _(
+    tokens: Tensor, queries: Tensor, parameters: Sequence[Tensor], heads: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, views, dim = queries.shape
+    shapes = (batch, views, dim), (batch, views, 1), (batch, views * heads)
+    output, norms, lse = (queries.new_empty(shape, dtype=products.wide(tokens.dtype)) for shape in shapes)
+    return output, norms, lse
+
+
+@torch.library.custom_op("cosmos_fast::cross_attention_pool_backward", mutates_args=())
+def _pool_backward(
+    grad: Tensor,
+    output: Tensor,
+    norms: Tensor,
+    lse: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    parameters: Sequence[Tensor],
+    heads: int,
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of tokens, queries and the parameters in their order."""
+    chosen, _ = resolve(OP, backend, tokens, queries)
+    with _own_dtypes(tokens):
+        return products.backward(
+            grad,
+            output,
+            norms,
+            lse,
+            tokens,
+            queries,
+            products.Parameters(*parameters),
+            heads,
+            chosen.stages.attend_backward,
+        )
+
+
+@_pool_backward.register_fake
+def _(
+    grad: Tensor,
+    output: Tensor,
+    norms: Tensor,
+    lse: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    parameters: Sequence[Tensor],
+    heads: int,
+    backend: str,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (tokens, queries, *parameters)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tokens, queries, parameters, ctx.heads, ctx.backend = inputs
+    ctx.save_for_backward(*output, tokens, queries, *parameters)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, [None] * len(products.Parameters._fields), None, None
+    output, norms, lse, tokens, queries, *parameters = ctx.saved_tensors
+    grad_tokens, grad_queries, *grad_parameters = _pool_backward(
+        grad, output, norms, lse, tokens, queries, parameters, ctx.heads, ctx.backend
+    )
+    return grad_tokens, grad_queries, grad_parameters, None, None
+
+
+_pool.register_autograd(_gradients, setup_context=_save)
 
 
 def _run_eager(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights) -> Tensor:
-    return reference.cross_attention_pool(tokens_BLD, _at_least_fp32(queries_BVD), **vars(weights))
+    """The oracle in fp32 (fp64 for fp64 input), or in what autocast makes of that."""
+    dtype = products.wide(tokens_BLD.dtype)
+    parameters = {name: parameter.to(dtype) for name, parameter in weights.parameters._asdict().items()}
+    pooled_BVD = reference.cross_attention_pool(
+        tokens_BLD.to(dtype), queries_BVD.to(dtype), **parameters, heads=weights.heads
+    )
+    return pooled_BVD.to(dtype)
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _own_dtypes(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _check_arguments(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeights) -> None:
-    name = "cross_attention_pool"
     for label, tensor in (("tokens_BLD", tokens_BLD), ("queries_BVD", queries_BVD)):
         if tensor.dim() != 3 or 0 in tensor.shape:
-            raise ValueError(f"{name}: {label} has shape {tuple(tensor.shape)}, expected non-empty [B, L or V, D]")
+            raise ValueError(f"{OP}: {label} has shape {tuple(tensor.shape)}, expected non-empty [B, L or V, D]")
     batch, _, dim = queries_BVD.shape
     if tokens_BLD.shape[0] != batch or tokens_BLD.shape[2] != dim:
-        raise ValueError(f"{name}: tokens_BLD has shape {tuple(tokens_BLD.shape)}, expected [{batch}, L, {dim}]")
-    if tokens_BLD.device != queries_BVD.device:
-        raise ValueError(f"{name}: tokens_BLD is on {tokens_BLD.device}, queries_BVD on {queries_BVD.device}")
-    if weights.in_proj_weight.shape != (3 * dim, dim):
-        shape = tuple(weights.in_proj_weight.shape)
-        raise ValueError(f"{name}: in_proj_weight has shape {shape}, expected {(3 * dim, dim)} for features of {dim}")
-    if dim % weights.heads:
-        raise ValueError(f"{name}: heads = {weights.heads} does not divide D = {dim}")
+        raise ValueError(f"{OP}: tokens_BLD has shape {tuple(tokens_BLD.shape)}, expected [{batch}, L, {dim}]")
+    shapes = (dim,), (dim,), (dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)
+    for (label, tensor), expected in zip(weights.parameters._asdict().items(), shapes, strict=True):
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{OP}: {label} has shape {tuple(tensor.shape)}, expected {expected} for features of {dim}"
+            )
+    if weights.heads < 1 or dim % weights.heads:
+        raise ValueError(f"{OP}: heads = {weights.heads} does not divide D = {dim}")
+    for label, tensor in (("queries_BVD", queries_BVD), *weights.parameters._asdict().items()):
+        if tensor.device != tokens_BLD.device:
+            raise ValueError(f"{OP}: tokens_BLD is on {tokens_BLD.device}, {label} on {tensor.device}")
+        if (tensor.dtype == torch.float64) != (tokens_BLD.dtype == torch.float64) or not tensor.is_floating_point():
+            raise ValueError(
+                f"{OP}: {label} is {tensor.dtype}, which does not go with tokens_BLD of {tokens_BLD.dtype}"
+            )
 
 
 register(
-    Backend("cross_attention_pool", "absorbed", _run_absorbed, "PyTorch; keys and values never formed"),
-    Backend("cross_attention_pool", "eager", _run_eager, "the oracle: K and V once per view", automatic=False),
+    Backend(OP, "tiled", cross_pool_tiled, "PyTorch, a tile of samples at a time; keys and values never formed"),
+    Backend(OP, "eager", _run_eager, "the oracle: K and V once per view", automatic=False),
 )
