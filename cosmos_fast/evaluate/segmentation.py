@@ -182,7 +182,7 @@ def segment(
         text_SD: a feature a wording, from `prompts.synonym_features`.
         class_sets: int64 [S] each, the class of every wording in that set; -1 where the set does not use it.
     """
-    used = [(class_S >= 0).nonzero().squeeze(1) for class_S in class_sets]
+    runs = [_runs(class_S) for class_S in class_sets]
     shapes: list[tuple[int, int]] = []
 
     def pixels() -> Iterator[Tensor]:
@@ -193,8 +193,27 @@ def segment(
     maps = sliding_cosines(model, pixels(), text_SD, window=window, csa=csa, protocol=protocol)
     for index, cosine_HWS in enumerate(maps):
         large_HWS = enlarge(cosine_HWS, shapes[index])
-        yield tuple(
-            class_S[columns[large_HWS[..., columns].max(dim=-1).indices]].to(torch.uint8).cpu()
-            for class_S, columns in zip(class_sets, used, strict=True)
-        )
+        yield tuple(_labels(large_HWS, *pair).cpu() for pair in zip(class_sets, runs, strict=True))
         on_done()
+
+
+def _runs(class_S: Tensor) -> list[tuple[int, int]]:
+    """Ranges of neighbouring wordings that a class set uses: their maps are views, those of a list would be copies."""
+    edges = torch.diff((class_S >= 0).int().cpu(), prepend=torch.zeros(1), append=torch.zeros(1))
+    starts, stops = ((edges == sign).nonzero().squeeze(1).tolist() for sign in (1, -1))
+    return list(zip(starts, stops, strict=True))
+
+
+def _labels(cosine_HWS: Tensor, class_S: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    """The class of the nearest wording of every pixel, uint8 [h, w]."""
+    nearest_HW, labels_HW = None, None
+    for start, stop in runs:
+        best = cosine_HWS[..., start:stop].max(dim=-1)
+        found_HW = class_S[start:stop].to(torch.uint8)[best.indices]
+        if nearest_HW is None or labels_HW is None:
+            nearest_HW, labels_HW = best.values, found_HW
+        else:
+            labels_HW = torch.where(best.values > nearest_HW, found_HW, labels_HW)
+            nearest_HW = torch.maximum(nearest_HW, best.values)
+    assert labels_HW is not None, "a class set without wordings"
+    return labels_HW
