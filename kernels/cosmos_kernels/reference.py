@@ -3,7 +3,8 @@
 Slow and memory-hungry on purpose. Every faster implementation is tested against these functions; nothing is tuned
 here, and nothing is written a second time elsewhere.
 
-Axes: B batch, V views, L tokens, D embedding, H heads.
+Axes: B batch, G columns (the other side's batch), V views, L tokens, D embedding, H heads, M rows and K classes of
+dense logits.
 """
 
 from __future__ import annotations
@@ -55,6 +56,47 @@ def cosmos_losses(
         for teacher_VBD in (teacher_image_VBD, teacher_text_VBD):
             distill = distill + multiview_infonce(student_VBD, teacher_VBD.detach(), distill_logit_scale)
     return clip, distill / 4
+
+
+def soft_cross_entropy(student_logits_MK: Tensor, teacher_logits_MK: Tensor) -> Tensor:
+    """Mean over the rows of the cross-entropy of softmax(teacher) and softmax(student); the teacher is detached."""
+    targets_MK = teacher_logits_MK.detach().softmax(dim=1)
+    return -(targets_MK * student_logits_MK.log_softmax(dim=1)).sum(dim=1).mean()
+
+
+def distillation_cross_entropy(
+    student_a_VBD: Tensor,
+    student_b_VGD: Tensor,
+    teacher_a_VBD: Tensor,
+    teacher_b_VGD: Tensor,
+    student_scale: Tensor,
+    teacher_scale: Tensor,
+) -> Tensor:
+    """Soft-target distillation between two similarity matrices, both directions, averaged over all pairs of views.
+
+    A pair's student logits are student_scale a b^T, its targets the softmax of teacher_scale a' b'^T, over the columns
+    and over the rows. A teacher with one view serves every view of the student.
+    """
+    teacher_a_VBD = teacher_a_VBD.expand(student_a_VBD.shape[0], -1, -1)
+    teacher_b_VGD = teacher_b_VGD.expand(student_b_VGD.shape[0], -1, -1)
+    total = student_a_VBD.new_zeros(())
+    for a_BD, teacher_a_BD in zip(student_a_VBD, teacher_a_VBD, strict=True):
+        for b_GD, teacher_b_GD in zip(student_b_VGD, teacher_b_VGD, strict=True):
+            student_BG = student_scale * a_BD @ b_GD.T
+            teacher_BG = teacher_scale * teacher_a_BD @ teacher_b_GD.T
+            rows, columns = soft_cross_entropy(student_BG, teacher_BG), soft_cross_entropy(student_BG.T, teacher_BG.T)
+            total = total + (rows + columns) / 2
+    return total / (student_a_VBD.shape[0] * student_b_VGD.shape[0])
+
+
+def dense_distillation_cross_entropy(
+    student_logits_MK: Tensor,
+    teacher_logits_MK: Tensor,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+) -> Tensor:
+    """Cross-entropy of softmax(teacher / its temperature) and softmax(student / its temperature), mean of the rows."""
+    return soft_cross_entropy(student_logits_MK / student_temperature, teacher_logits_MK / teacher_temperature)
 
 
 def cross_attention_pool(
