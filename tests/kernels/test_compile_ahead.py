@@ -1,0 +1,137 @@
+"""Every Triton kernel compiles for A100, Hopper and Blackwell, and none gets worse than the committed table says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from cosmos_kernels.machine_code import _without_arguments
+from tests.kernels import resources
+
+ROW = {
+    "module": "toy_triton",
+    "case": "forward",
+    "arch": 90,
+    "registers": 128,
+    "stack_bytes": 0,
+    "local_accesses": 0,
+    "shared_bytes": 49152,
+    "mma": {"HGMMA": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    if not sys.platform.startswith("linux") or find_spec("triton") is None:
+        pytest.skip("Triton is not installed, or cannot compile on this system")
+    return resources.by_compiler(resources.compile_all())
+
+
+@pytest.mark.slow
+def test_no_kernel_is_worse_than_the_table_and_all_are_in_it(compiled):
+    """To accept new figures: make kernel-resources."""
+    part, table = resources.triton_part(), resources.load()
+    if part in table:
+        assert resources.complaints(compiled.get(part, []), table[part]) == []
+    else:  # another version of Triton: its registers are its own, but the kernels are the same
+        listed = {resources.key(row) for name in table if name.startswith("triton") for row in table[name]}
+        assert {resources.key(row) for row in compiled.get(part, [])} == listed
+
+
+def test_every_version_of_triton_in_the_table_lists_the_same_kernels():
+    parts = {name: rows for name, rows in resources.load().items() if name.startswith("triton")}
+    listed = {name: sorted(resources.key(row) for row in rows) for name, rows in parts.items()}
+    assert len({tuple(keys) for keys in listed.values()}) <= 1, listed
+
+
+@pytest.mark.slow
+def test_cuda_kernels_are_no_worse_than_the_table(compiled):
+    if reason := resources.why_library_is_stale():
+        pytest.skip(reason)
+    parts = [name for name in compiled if name.startswith("nvcc")]
+    table = resources.load()
+    if not parts or parts[0] not in table:
+        pytest.skip(f"the table has no figures of {parts or 'a compiler that is not here'}")
+    assert resources.complaints(compiled[parts[0]], table[parts[0]]) == []
+
+
+TOY = """
+from tests.kernels.toy_kernels import COMPILE_AHEAD
+from cosmos_kernels.compile_ahead import asdict, compile_case, json
+for case in COMPILE_AHEAD:
+    for arch in case.archs:
+        try:
+            print(json.dumps(asdict(compile_case("toy", case, arch))))
+        except RuntimeError as error:
+            print(json.dumps(str(error)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_the_tool_sees_spills_tensor_cores_and_wrong_cases():
+    found = [json.loads(line) for line in resources.run_without_interpreter(["-c", TOY]).splitlines()]
+    fits_80, fits_90, fits_100, spilling, wrong = found
+    assert [list(row["mma"]) for row in (fits_80, fits_90, fits_100)] == [["HMMA"], ["HGMMA"], ["UTCHMMA"]]
+    assert not any(resources.spills(row) for row in (fits_80, fits_90, fits_100))
+    assert all(0 < row["registers"] <= 255 and row["shared_bytes"] > 0 for row in (fits_80, fits_90, fits_100))
+    assert spilling["stack_bytes"] > 0
+    assert spilling["local_accesses"] > 0
+    assert wrong == (
+        "toy: forgets an argument for sm_80: AssertionError: "
+        "arguments that only the kernel or only the case has: ['BLOCK_Q']"
+    )
+
+
+def test_the_page_shows_the_table():
+    assert resources.PAGE.read_text() == resources.render(resources.load())
+
+
+def test_a_new_spill_a_lost_tensor_core_and_a_missing_kernel_are_complaints():
+    worse = [
+        {**ROW, "stack_bytes": 88, "local_accesses": 44},
+        {**ROW, "case": "backward", "mma": {}},
+        {**ROW, "case": "new"},
+    ]
+    before = [ROW, {**ROW, "case": "backward"}, {**ROW, "case": "removed"}]
+    assert resources.complaints(worse, before) == [
+        "toy_triton: backward on sm_90: no tensor-core instruction left, had {'HGMMA': 8}",
+        "toy_triton: forward on sm_90: spills 88 bytes, did not before",
+        "toy_triton: new on sm_90: not in the table",
+        "toy_triton: removed on sm_90: in the table, but gone",
+    ]
+
+
+def test_what_stays_or_gets_better_is_no_complaint():
+    spilling = {**ROW, "stack_bytes": 88}
+    assert resources.complaints([ROW], [spilling]) == []
+    assert resources.complaints([{**ROW, "registers": 255, "shared_bytes": 200_000}], [ROW]) == []
+    assert resources.complaints([{**spilling, "stack_bytes": 200}], [spilling]) == []
+
+
+def test_the_table_is_written_a_row_a_line_and_rendered(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(resources, "PAGE", tmp_path / "page.md")
+    assert resources.load() == {}
+    rows = [ROW, {**ROW, "arch": 80, "stack_bytes": 16, "mma": {}, "shared_bytes": 0}]
+    resources.write({"triton 3.9": rows})
+    assert resources.load() == {"triton 3.9": rows}
+    assert json.dumps(ROW) + "," in resources.TABLE.read_text().splitlines()
+    page = resources.PAGE.read_text()
+    assert "| kernel | sm_80 | sm_90 |" in page
+    assert "| toy_triton `forward` | 128 regs, **spills 16 B** | 128 regs, 48 KiB, 8 HGMMA |" in page
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        ("void (anonymous namespace)::step<true>(Table, float const*)", "step<true>"),
+        ("void cosmos::pool<(int)64, (bool)1>(float*)", "cosmos::pool<64, 1>"),
+        ("plain", "plain"),
+    ],
+)
+def test_names_of_cuda_kernels_are_short(signature, name):
+    assert _without_arguments(signature) == name
