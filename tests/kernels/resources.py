@@ -31,11 +31,11 @@ Table = dict[str, list[Row]]  # by compiler: "triton 3.9", "nvcc 13.0"
 
 HEAD = """# Registers, shared memory and spills of every kernel
 
-Read from the machine code that the compiler named above each table makes; nothing ran on a GPU for it. A cell: registers
-a thread, shared memory a block (of CUDA sources the static part only), tensor-core instructions in the code (HMMA:
-mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05), and **spills**, in bytes of stack, where registers did not suffice.
-`make kernel-resources` rewrites this page; `tests/kernels/test_compile_ahead.py` fails when a kernel spills that did not,
-loses its tensor-core instructions, or is missing here.
+Read from the machine code that the compiler named above each table makes; nothing ran on a GPU for it. A cell:
+registers a thread, shared memory a block (of CUDA sources the static part only), tensor-core instructions in the
+code (HMMA: mma.sync, HGMMA: wgmma, UTCHMMA: tcgen05), and **spills**, in bytes of stack, where registers did not
+suffice. `make kernel-resources` rewrites this page; `tests/kernels/test_compile_ahead.py` fails when a kernel
+spills that did not, loses its tensor-core instructions, or is missing here.
 """
 
 
