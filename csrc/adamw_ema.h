@@ -14,19 +14,8 @@
 #define COSMOS_ADAMW_EMA_H
 
 #include <cmath>
-#include <cstdint>
 
-#define COSMOS_ABI_VERSION 1 /* raised with every change of a signature or a struct below; native.py holds its twin */
-
-#define COSMOS_EXPORT extern "C" __attribute__((visibility("default")))
-
-#ifdef __CUDACC__
-#define COSMOS_INLINE __host__ __device__ __forceinline__
-#else
-#define COSMOS_INLINE inline __attribute__((always_inline))
-#endif
-
-enum CosmosStatus : int32_t { COSMOS_OK = 0, COSMOS_BAD_ARGUMENT = -1, COSMOS_NO_MEMORY = -2 };
+#include "cosmos.h"
 
 /* Hyper-parameters as the caller knows them; derived constants are computed in double, once per call. */
 struct CosmosAdamwEmaOptions {

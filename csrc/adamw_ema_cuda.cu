@@ -95,12 +95,6 @@ int64_t fill(Table* table, const CosmosAdamwEmaTensors& t, int64_t next) {
 
 }  // namespace
 
-COSMOS_EXPORT int32_t cosmos_abi_version() { return COSMOS_ABI_VERSION; }
-
-COSMOS_EXPORT const char* cosmos_cuda_error(int32_t status) {
-  return cudaGetErrorString(static_cast<cudaError_t>(status));
-}
-
 /* grad_scale_device: null, or one fp32 in device memory that multiplies options->grad_scale.
  * Works on the current device. Returns COSMOS_OK, COSMOS_BAD_ARGUMENT or a cudaError_t. */
 COSMOS_EXPORT int32_t cosmos_adamw_ema_cuda(const CosmosAdamwEmaTensors* tensors, const CosmosAdamwEmaOptions* options,

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  before the libraries: they then share the OpenMP runtime, and its threads, with torch
+import torch  # before the libraries: they then share the OpenMP runtime, and its threads, with torch
+from torch import Tensor
 
-ABI_VERSION = 1  # COSMOS_ABI_VERSION of csrc/adamw_ema.h
+ABI_VERSION = 2  # COSMOS_ABI_VERSION of csrc/cosmos.h
 LIBRARY_DIR = Path(__file__).parent / "_lib"
 LIBRARIES = {"cpu": "libcosmos_cpu.so", "cuda": "libcosmos_cuda.so"}
 _MEND = "reinstall with `pip install -e .`"
@@ -87,3 +88,18 @@ def cpu_features() -> str:
 def cuda_error(status: int) -> str:
     """A status of the CUDA library in words: its own negative codes, or the CUDA runtime's."""
     return function("cuda", "cosmos_cuda_error", [ctypes.c_int32], ctypes.c_char_p)(status).decode()
+
+
+def run_on_stream(call: Callable[..., int], tensor: Tensor, *arguments: Any) -> None:
+    """`call(*arguments, stream)` on the device and the current stream of `tensor`.
+
+    Raises RuntimeError with the CUDA library's words for any status but 0. (CPU tensors reach this with the emulated
+    library of the tests alone; they have no stream.)
+    """
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            status = call(*arguments, torch.cuda.current_stream(tensor.device).cuda_stream)
+    else:
+        status = call(*arguments, None)
+    if status != 0:
+        raise RuntimeError(f"{call.__name__}: {cuda_error(status)}")

@@ -25,7 +25,7 @@ def library_dir(tmp_path, monkeypatch):
 
 
 def test_interface_versions_agree():
-    header = (ROOT / "csrc" / "adamw_ema.h").read_text()
+    header = (ROOT / "csrc" / "cosmos.h").read_text()
     found = re.search(r"#define COSMOS_ABI_VERSION (\d+)", header)
     assert found is not None
     assert int(found[1]) == native.ABI_VERSION
