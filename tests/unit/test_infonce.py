@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cosmos_fast.ops import infonce, multiview_infonce
+from cosmos_fast.ops import infonce_tiled, multiview_infonce
 from cosmos_kernels import reference
 
 SHAPES = [(2, 8, 5, 6), (16, 4, 7, 5), (1, 1, 1, 4), (3, 2, 9, 8)]
@@ -21,11 +21,11 @@ def _value_and_gradients(run, *inputs):
     return [loss, *torch.autograd.grad(loss, inputs)]
 
 
-@pytest.mark.parametrize("tile_elements", [infonce.TILE_ELEMENTS, 300, 17])
+@pytest.mark.parametrize("tile_elements", [infonce_tiled.TILE_ELEMENTS, 300, 17])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0, 3000.0])
 @pytest.mark.parametrize(("views_a", "views_b", "batch", "dim"), SHAPES)
 def test_equals_the_pair_loop(monkeypatch, views_a, views_b, batch, dim, scale, tile_elements):
-    monkeypatch.setattr(infonce, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr(infonce_tiled, "TILE_ELEMENTS", tile_elements)
     torch.manual_seed(views_a + batch)
     inputs = _features(views_a, batch, dim), _features(views_b, batch, dim)
     log_scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
@@ -36,7 +36,7 @@ def test_equals_the_pair_loop(monkeypatch, views_a, views_b, batch, dim, scale, 
 
 
 def test_ragged_batch_over_many_tiles(monkeypatch):
-    monkeypatch.setattr(infonce, "TILE_ELEMENTS", 3000)
+    monkeypatch.setattr(infonce_tiled, "TILE_ELEMENTS", 3000)
     torch.manual_seed(0)
     inputs = _features(2, 130, 33), _features(3, 130, 33), torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
     expected = _value_and_gradients(reference.multiview_infonce, *inputs)
@@ -46,7 +46,7 @@ def test_ragged_batch_over_many_tiles(monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 60.0])
 def test_gradcheck(monkeypatch, scale):
-    monkeypatch.setattr(infonce, "TILE_ELEMENTS", 12)
+    monkeypatch.setattr(infonce_tiled, "TILE_ELEMENTS", 12)
     torch.manual_seed(0)
     a, b = _features(2, 4, 3), _features(3, 4, 3)
     assert torch.autograd.gradcheck(multiview_infonce, (a, b, torch.tensor(scale, dtype=torch.float64)), eps=1e-7)
@@ -98,7 +98,7 @@ def test_no_logits_are_stored_and_workspace_does_not_grow_with_the_batch():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t), Watch():
         multiview_infonce(a, b, torch.tensor(14.0)).backward()
     assert max(saved) < batch * batch
-    assert largest[0] <= infonce.TILE_ELEMENTS
+    assert largest[0] <= infonce_tiled.TILE_ELEMENTS
 
 
 def test_gradient_only_for_the_side_that_needs_it():
@@ -106,6 +106,53 @@ def test_gradient_only_for_the_side_that_needs_it():
     multiview_infonce(a, teacher, torch.tensor(5.0, dtype=torch.float64)).backward()
     assert a.grad is not None
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("wants", ["a", "b", "scale"])
+def test_each_gradient_alone(wants):
+    torch.manual_seed(0)
+    inputs = {"a": _features(4, 6, 8), "b": _features(2, 6, 8), "scale": torch.tensor(9.0, dtype=torch.float64)}
+    inputs = {name: tensor.detach().requires_grad_(name == wants) for name, tensor in inputs.items()}
+    expected = torch.autograd.grad(reference.multiview_infonce(*inputs.values()), inputs[wants])
+    actual = torch.autograd.grad(multiview_infonce(*inputs.values()), inputs[wants])
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("columns", "offset"), [(12, 0), (12, 4), (12, 7), (6, 1)])
+def test_local_rows_against_more_columns(columns, offset):
+    """Row i belongs to column offset + i; the others are negatives of every row, and have gradients."""
+    torch.manual_seed(0)
+    inputs = _features(3, 5, 8), _features(4, columns, 8), torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(lambda *x: multiview_infonce(*x, offset=offset, backend="eager"), *inputs)
+    actual = _value_and_gradients(lambda *x: multiview_infonce(*x, offset=offset), *inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(expected[0], _one_rank_by_hand(*inputs, offset))
+
+
+def _one_rank_by_hand(a, b, scale, offset):
+    logits = scale * torch.einsum("aid,bjd->abij", a, b)
+    own = logits[..., offset : offset + a.shape[1]]
+    rows, columns = logits.logsumexp(3), own.logsumexp(2)
+    return ((rows + columns) / 2 - own.diagonal(dim1=2, dim2=3)).mean()
+
+
+def test_a_sequence_stands_for_its_concatenation():
+    torch.manual_seed(0)
+    first, second, b = _features(2, 6, 8), _features(3, 6, 8), _features(1, 6, 8)
+    scale = torch.tensor(12.0, dtype=torch.float64, requires_grad=True)
+    expected = _value_and_gradients(lambda x, y, *z: multiview_infonce(torch.cat([x, y]), *z), first, second, b, scale)
+    actual = _value_and_gradients(lambda x, y, *z: multiview_infonce((x, y), *z), first, second, b, scale)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_operands_may_be_rounded_and_gradients_keep_their_dtype():
+    torch.manual_seed(0)
+    a, b, scale = _features(2, 9, 8, torch.float32), _features(3, 9, 8, torch.float32), torch.tensor(12.0)
+    rounded = [x.detach().half().double().requires_grad_() for x in (a, b)]
+    truth = _value_and_gradients(lambda *x: reference.multiview_infonce(*x, scale.double()), *rounded)
+    found = _value_and_gradients(lambda *x: multiview_infonce(*x, scale, operand_dtype=torch.float16), a, b)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
 def test_non_contiguous_inputs():
@@ -143,10 +190,14 @@ def test_nan_in_gives_nan_out():
     ("change", "message"),
     [
         (lambda a, b, s: (a[0], b, s), r"a_VBD has shape \(4, 3\)"),
-        (lambda a, b, s: (a, b[:, :3], s), r"b_VBD has shape \(2, 3, 3\), expected \[views, 4, 3\]"),
+        (lambda a, b, s: (a, b[:, :3], s), r"b_VBD has shape \(2, 3, 3\), expected \[views, 4 or more, 3\]"),
         (lambda a, b, s: (a, b.double(), s), "b_VBD is torch.float64"),
         (lambda a, b, s: (a.long(), b.long(), s), "floating-point"),
         (lambda a, b, s: (a, b, s.view(1)), r"scale has shape \(1,\), expected a scalar"),
+        (lambda a, b, s: (a, b, s.long()), "scale is torch.int64 on cpu, expected a float on cpu"),
+        (lambda a, b, s: (a, b, s.to("meta")), "scale is torch.float32 on meta, expected a float on cpu"),
+        (lambda a, b, s: ([], b, s), "a_VBD is an empty sequence"),
+        (lambda a, b, s: ((a, a[:, :3]), b, s), r"a_VBD\[1\] has shape \(2, 3, 3\), expected \[views, 4, 3\]"),
         (lambda a, b, s: (a[:0], b, s), "non-empty"),
         (lambda a, b, s: (a.to("meta"), b, s), "on cpu, expected torch.float32 on meta"),
     ],
@@ -155,6 +206,13 @@ def test_arguments_that_do_not_fit_are_named(change, message):
     a, b = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
     with pytest.raises(ValueError, match=message):
         multiview_infonce(*change(a, b, torch.tensor(1.0)))
+
+
+@pytest.mark.parametrize(("offset", "columns"), [(-1, 4), (1, 4), (3, 6)])
+def test_an_offset_outside_the_columns_is_refused(offset, columns):
+    a, b = torch.randn(2, 4, 3), torch.randn(2, columns, 3)
+    with pytest.raises(ValueError, match=rf"offset is {offset}, expected 0 to {columns - 4}: b_VBD has {columns} col"):
+        multiview_infonce(a, b, torch.tensor(1.0), offset=offset)
 
 
 def test_unknown_backend_is_refused():
