@@ -76,8 +76,12 @@ def _print(report: dict[str, Any]) -> None:
         for row in report["packages"]
     ]
     console.print(_table("Optional packages", ["package", "status", "version", "remark"], rows))
-    rows = [[row["op"], row["backend"], _coloured(row["status"]), escape(row["summary"])] for row in report["backends"]]
-    console.print(_table("Backends, most preferred first", ["operation", "backend", "available, or why not", ""], rows))
+    rows = [
+        [row["op"], row["backend"], _coloured(row["status"]), row["hardware"], escape(row["summary"])]
+        for row in report["backends"]
+    ]
+    headings = ["operation", "backend", "available, or why not", "on a GPU", ""]
+    console.print(_table("Backends, most preferred first", headings, rows))
     for fault in report["faults"]:
         console.print(f"[red]fault:[/red] {escape(fault)}")
 

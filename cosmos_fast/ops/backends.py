@@ -1,8 +1,9 @@
 """Which implementation of an operation runs, and why.
 
-Every operation registers its backends in order of preference. `resolve` is the only place that chooses: `auto` takes
-the first backend that is available on this machine and supports these tensors; an explicit request is met or refused
-with the reason. `cosmos-fast doctor` prints `table()`.
+Every operation registers its backends in order of preference. `resolve` is the only place that chooses, and does
+nothing else: `auto` takes the first backend that is available on this machine and supports these tensors, in measured
+order where `measured.json` knows this GPU, else in order of registration; an explicit request is met or refused with
+the reason. Operations call `stages_for`, which also logs each new choice once. `cosmos-fast doctor` prints `table()`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from cosmos_fast.ops import measured
+
 logger = logging.getLogger(__name__)
+
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def _nothing_against(*_: Tensor) -> str | None:
@@ -92,31 +98,62 @@ def resolve(op: str, request: str, *tensors: Tensor) -> Resolution:
     known = _BACKENDS[op]
     if request != "auto":
         return _resolve_explicit(op, request, known, tensors)
+    candidates, why = _in_order(op, known, tensors)
     passed_over: list[str] = []
-    for backend in known:
-        if not backend.automatic:
-            continue
+    for backend in candidates:
         objection = backend.why_unavailable() or backend.why_unsupported(*tensors) or _why_not_auto(backend, tensors)
         if objection is None:
-            reason = "; ".join([*passed_over, f"{backend.name}: first choice that runs here"])
-            _announce(op, backend.name, reason)
-            return Resolution(backend, reason)
+            return Resolution(backend, "; ".join([*passed_over, f"{backend.name}: {why}"]))
         passed_over.append(f"{backend.name}: {objection}")
     raise ValueError(f"{op}: no backend takes these tensors ({'; '.join(passed_over)})")
 
 
+def stages_for(op: str, request: str, *tensors: Tensor) -> Any:
+    """What runs `op` for these tensors: `resolve(...).backend.stages`; logs the choice where it is a new one."""
+    backend, reason = resolve(op, request, *tensors)
+    if (op, backend.name) not in _announced:
+        _announced.add((op, backend.name))
+        logger.info("%s runs on backend %s (%s)", op, backend.name, reason)
+    return backend.stages
+
+
 def table() -> list[dict[str, str]]:
-    """One row a backend: op, backend, status ("available" or why not), summary."""
+    """One row a backend: op, backend, status ("available" or why not), hardware (where it has been run), summary."""
     return [
         {
             "op": backend.op,
             "backend": backend.name,
             "status": backend.why_unavailable() or "available",
+            "hardware": _hardware(backend),
             "summary": backend.summary,
         }
         for backends in _BACKENDS.values()
         for backend in backends
     ]
+
+
+def _hardware(backend: Backend) -> str:
+    """Empty for backends that run everywhere; GPU code is either tested on named devices or only compiled."""
+    if backend.name not in GPU_BACKENDS:
+        return ""
+    devices = measured.devices_of(backend.op, backend.name)
+    return f"tested on {', '.join(devices)}" if devices else "compiled, not yet run on hardware"
+
+
+def _in_order(op: str, known: list[Backend], tensors: tuple[Tensor, ...]) -> tuple[list[Backend], str]:
+    """Backends that `auto` may take, best first, and why the first one is best."""
+    automatic = [backend for backend in known if backend.automatic]
+    if not tensors or tensors[0].device.type != "cuda":
+        return automatic, "first choice that runs here"
+    device = torch.cuda.get_device_name(tensors[0].device)
+    orders = measured.entries(op, device)
+    elements = sum(tensor.numel() for tensor in tensors) if orders else 0
+    names = next((order.backends for order in orders if elements <= order.up_to_elements), None)
+    if names is None:
+        return automatic, "first choice that runs here"
+    ranks = {name: rank for rank, name in enumerate(names)}
+    by_speed = sorted(automatic, key=lambda backend: ranks.get(backend.name, len(ranks)))  # the rest as registered
+    return by_speed, f"the fastest that runs here, as measured on {device} for tensors of this size"
 
 
 def _resolve_explicit(op: str, request: str, known: list[Backend], tensors: tuple[Tensor, ...]) -> Resolution:
@@ -134,9 +171,3 @@ def _why_not_auto(backend: Backend, tensors: tuple[Tensor, ...]) -> str | None:
     """Triton takes CPU tensors in its interpreter only, which is for tests: never chosen by itself."""
     interpreted = backend.name == "triton" and any(tensor.device.type == "cpu" for tensor in tensors)
     return "Triton's interpreter runs on request only" if interpreted else None
-
-
-def _announce(op: str, name: str, reason: str) -> None:
-    if (op, name) not in _announced:
-        _announced.add((op, name))
-        logger.info("%s runs on backend %s (%s)", op, name, reason)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cosmos_fast.ops import backends
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops import backends, measured
+from cosmos_fast.ops.backends import Backend, register, resolve, stages_for
 
 
 @pytest.fixture
@@ -46,12 +47,16 @@ def test_explicit_request_is_met_or_refused():
 
 
 @pytest.mark.usefixtures("toy")
-def test_reason_is_logged_once(caplog):
+def test_choosing_is_pure_and_running_logs_each_choice_once(caplog):
     with caplog.at_level(logging.INFO):
+        assert resolve("toy", "auto", torch.ones(4)) == resolve("toy", "auto", torch.ones(4))
+        assert caplog.records == []
         for _ in range(3):
-            resolve("toy", "auto", torch.ones(4))
+            assert stages_for("toy", "auto", torch.ones(4))() == "wide"
+        stages_for("toy", "slow", torch.ones(4))
     assert [record.message for record in caplog.records] == [
-        "toy runs on backend wide (gpu: no GPU; wide: first choice that runs here)"
+        "toy runs on backend wide (gpu: no GPU; wide: first choice that runs here)",
+        "toy runs on backend slow (asked for by name)",
     ]
 
 
@@ -95,3 +100,73 @@ def test_auto_never_chooses_interpreted_kernels(monkeypatch):
     assert backend.name == "plain"
     assert "interpreter runs on request only" in reason
     assert resolve("toy", "triton", torch.ones(1)).backend.name == "triton"
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """CPU tensors that say they lie on a GPU of this name, and a table of measurements to write."""
+
+    def put(order=(), ran=()):
+        (tmp_path / "measured.json").write_text(json.dumps({"order": order, "ran": ran}))
+        measured.load.cache_clear()
+
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "measured.json")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    put()
+    yield put
+    monkeypatch.undo()
+    measured.load.cache_clear()
+
+
+class OnGpu:
+    """What `resolve` asks of a tensor."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    def __len__(self):
+        return self.elements
+
+    def numel(self):
+        return self.elements
+
+
+def entry(up_to, *names, device="Some GPU"):
+    return {"op": "toy", "device": device, "up_to_elements": up_to, "backends": names, "commit": "abc"}
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_measured_order_goes_before_the_order_of_registration(gpu):
+    gpu([entry(None, "plain", "wide"), entry(1000, "slow", "gpu", "wide"), entry(10, "plain", device="Another GPU")])
+    backend, reason = resolve("toy", "auto", OnGpu(1000))
+    assert backend.name == "wide"  # gpu is faster but absent; slow is for explicit requests only
+    assert reason.startswith("gpu: no GPU; wide: the fastest that runs here, as measured on Some GPU")
+    assert resolve("toy", "auto", OnGpu(1001)).backend.name == "plain"
+    assert resolve("toy", "auto", OnGpu(600), OnGpu(600)).backend.name == "plain"  # tensors count together
+    assert resolve("toy", "auto", torch.ones(4)).backend.name == "wide"  # a CPU tensor: as registered
+
+
+@pytest.mark.usefixtures("toy")
+def test_without_a_measurement_the_order_of_registration_holds(gpu):
+    gpu([entry(10, "plain")])
+    backend, reason = resolve("toy", "auto", OnGpu(11))
+    assert backend.name == "wide"
+    assert reason.endswith("first choice that runs here")
+
+
+def test_the_table_tells_compiled_from_run(gpu, monkeypatch):
+    monkeypatch.setattr(backends, "_BACKENDS", {})
+    register(*(Backend("toy", name, lambda: None, "") for name in ("cuda", "triton", "plain")))
+    gpu(ran=[{"op": "toy", "backend": "cuda", "device": "Some GPU", "commit": "abc"}])
+    hardware = {row["backend"]: row["hardware"] for row in backends.table()}
+    assert hardware == {"cuda": "tested on Some GPU", "triton": "compiled, not yet run on hardware", "plain": ""}
+
+
+def test_the_committed_measurements_are_of_operations_and_backends_that_exist():
+    import cosmos_fast.ops  # noqa: F401
+
+    known = {(row["op"], row["backend"]) for row in backends.table()}
+    named = {(order.op, name) for order in measured.load().order for name in order.backends}
+    assert named | {(ran.op, ran.backend) for ran in measured.load().ran} <= known

@@ -50,6 +50,9 @@ def test_every_part_is_reported():
     assert {("adamw_ema", "native"), ("adamw_ema", "eager"), ("grad_norm", "eager")} <= listed
     assert {op for op, _ in listed} >= {"multiview_infonce", "cross_attention_pool"}
     assert report["faults"] == []
+    for row in report["backends"]:
+        of_a_gpu = row["backend"] in ("triton", "cuda")
+        assert row["hardware"].startswith(("tested on", "compiled, not yet run on hardware")) == of_a_gpu, row
 
 
 def test_tables_show_reasons(monkeypatch, tmp_path):
