@@ -14,9 +14,12 @@ export COSMOS_NATIVE COSMOS_CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-STAMP := $(VENV)/.installed-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
+# One stamp for the package alone, one for what its tests and benchmarks need on top (Triton among it: 190 MB).
+CORE := $(VENV)/.installed-core-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
+DEV := $(VENV)/.installed-dev-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 
-.PHONY: help setup demo test lint bench gpu-check clean
+.PHONY: help setup demo test lint bench kernel-resources gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,9 +28,10 @@ help:
 	@echo "make test       all tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      benchmarks of this machine"
-	@echo "make gpu-check  correctness and speed of the CUDA code; needs a GPU, nvcc and torch, no .venv"
+	@echo "make gpu-check  correctness and speed of the GPU code; needs a GPU, nvcc and torch, no .venv"
+	@echo "make kernel-resources  registers and spills of every kernel, into docs/; needs no GPU"
 
-setup: $(STAMP)
+setup: $(DEV)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
@@ -36,32 +40,44 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "error: $(PYTHON) cannot make virtual environments (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
 
-$(STAMP): pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*) | $(BIN)/python
-	@rm -f $(VENV)/.installed-*
-	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
-	  || { set -x; $(PIP) install "$(TORCH)"; }
-	$(PIP) install -e '.[dev]'
-	@$(BIN)/python -c 'from cosmos_kernels import native; \
-	  [print(f"native {k} library:", native.why_missing(k) or "built and loaded") for k in native.LIBRARIES]'
-	@touch $@
+# $(1): what to install. The stamps of other switches go: their libraries are gone too.
+define install
+@rm -f $(VENV)/.installed-*
+@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+  || { set -x; $(PIP) install "$(TORCH)"; }
+$(PIP) install -e '$(1)'
+@$(BIN)/python -c 'from cosmos_kernels import native; \
+  [print(f"native {k} library:", native.why_missing(k) or "built and loaded") for k in native.LIBRARIES]'
+endef
 
-demo: setup
+$(CORE): $(SOURCES) | $(BIN)/python
+	$(call install,.)
+	@touch $(CORE)
+
+$(DEV): $(SOURCES) | $(BIN)/python
+	$(call install,.[dev])
+	@touch $(CORE) $(DEV)
+
+demo: $(CORE)
 	$(BIN)/cosmos-fast data synth --out data/demo --train 8000 --heldout 500 --seed 0
 	$(BIN)/cosmos-fast train --recipe demo --resume
 	$(BIN)/cosmos-fast train --recipe demo_clip --resume
 	$(BIN)/cosmos-fast eval report --cosmos runs/demo/cosmos --clip runs/demo/clip --data data/demo/heldout --out runs/demo \
 	  --require-chance-multiple 50
 
-test: setup
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-lint: setup
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: $(DEV)
 	$(BIN)/python -m benchmarks
+
+kernel-resources: $(DEV)
+	$(BIN)/python -m tests.kernels.resources --write
 
 gpu-check:
 	PYTHONPATH=.:kernels $(PYTHON) benchmarks/gpu_check.py
