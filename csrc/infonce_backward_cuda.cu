@@ -16,9 +16,12 @@ struct GradientFactors {
 };
 static_assert(kTile * kTile * 2 + sizeof(GradientFactors) <= kProductBytes, "shared memory");
 
+__device__ __forceinline__ float finite_or_low(float x) { return x < INFINITY ? x : -INFINITY; }
+
 /* exp(s - row_lse) + exp(s - col_lse) = 2^(s' - t) (2^(t - r) + 2^(t - c)), with s', r, c in units of log2 and t the
  * largest r or c of the tile: as s' <= min(r, c), nothing overflows, and what the first factor loses below 2^-126 is
  * below 2^-66 as long as no r or c is kSharedRange smaller than t. Else each term takes its own exponential.
+ * An infinite r or c is a term that does not exist: its factor is 0 either way.
  * Leaves the two factors, or r and c, in `factors`, times the gradient's unit; returns t, or NaN for "own exponentials".
  */
 template <Dtype kType>
@@ -38,7 +41,7 @@ __device__ __forceinline__ float gradient_factors(GradientFactors& factors, cons
   float high = -INFINITY, low = INFINITY;
 #pragma unroll
   for (int i = lane; i < kTile; i += 32) {
-    high = fmaxf(high, fmaxf(factors.row[i], factors.column[i]));
+    high = fmaxf(high, fmaxf(finite_or_low(factors.row[i]), finite_or_low(factors.column[i])));
     low = fminf(low, fminf(factors.row[i], factors.column[i]));
   }
   high = lanes_max<32>(high);

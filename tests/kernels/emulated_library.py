@@ -16,7 +16,7 @@ from torch import Tensor
 from cosmos_kernels import native
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = ("library_cuda.cu", "infonce_backward_cuda.cu")
+SOURCES = ("library_cuda.cu", "infonce_backward_cuda.cu", "pool_forward_cuda.cu")
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 MARGIN = 4096  # bytes before and behind every allocation
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DCOSMOS_EMULATE", "-fPIC")
@@ -36,8 +36,10 @@ def compile_emulated(folder: Path) -> None:
 def emulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("no C++ compiler: CUDA sources not run in the emulation")
-    folder = tmp_path_factory.mktemp("emulated")
-    compile_emulated(folder)
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    if not folder.exists():  # every module that imports this fixture has one of its own
+        folder.mkdir()
+        compile_emulated(folder)
     return folder
 
 

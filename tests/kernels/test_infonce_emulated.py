@@ -133,6 +133,19 @@ def test_log_sum_exps_far_apart_in_one_tile(dtype):
     assert_close(kernel(rows, columns, case), stage(rows, columns, case, torch.float64), dtype)
 
 
+def test_infinite_column_terms_do_not_count():
+    case = Case(1, 20, 1, 50, 32, offset=10)
+    rows, columns = features(case)
+    row_lse, col_lse = (lse.float() for lse in log_sum_exps(rows, columns, case.scale))
+    col_lse[:, :, :10] = col_lse[:, :, 30:] = torch.inf
+    scale = torch.tensor(case.scale)
+    found, _ = infonce_cuda.feature_gradients(rows, columns, scale, row_lse, col_lse, case.offset, False)
+    s = rows[0].double() @ columns[0].double().T * case.scale
+    g = s.softmax(1)
+    g[:, 10:30] += (s[:, 10:30] - col_lse[0, 0, 10:30]).exp() - 2 * torch.eye(20)
+    assert error(found[0], g @ columns[0].double()) <= ERROR[HALF]
+
+
 @pytest.mark.parametrize("size", [1e-3, 30.0])
 def test_tiny_and_huge_norms(size):
     case = Case(1, 40, 1, 40, 32, scale=10.0)

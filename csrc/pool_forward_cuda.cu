@@ -1,0 +1,384 @@
+/* CUDA library: attention of a sample's pooling queries to its LayerNormed tokens, forward, on sm_80 tensor cores.
+ *
+ *     x^_l = (x_l - mean_l) r_l,  r_l = 1 / std_l        S_ml = r_l (q_m . x_l - mean_l sum_d q_md)
+ *     P = softmax_l(S),  lse = log sum_l exp S           Z_m  = sum_l P_ml r_l x_l - sum_l P_ml r_l mean_l
+ *
+ * LayerNorm is applied to scores and sums, never to the tokens. One block takes up to 64 rows of one sample: all scores
+ * first, streaming D in chunks of 64, an exact softmax in fp32, then Z chunk by chunk; the tokens come from the L2 cache
+ * the second time. Loads of both passes form one pipeline, which runs on while the softmax is computed.
+ *
+ * Axes: B batch, L tokens (at most 256), M rows of a sample, D embedding.
+ */
+#include "launch.h"
+
+/* Device pointers; all but the tokens contiguous. Everything aligned to 16 bytes, strides multiples of 8 elements. */
+struct CosmosPoolForward {
+  const void* tokens;  /* [batch, tokens, dim] of the call's 16-bit type */
+  const void* queries; /* [batch, rows, dim] */
+  void* attended;      /* [batch, rows, dim], written */
+  float* lse;          /* [batch, rows], written: natural logarithm */
+  int64_t batch, length, rows, dim; /* length: L; dim: a multiple of 8 */
+  int64_t batch_stride, token_stride; /* of the tokens, in elements */
+  float eps;
+};
+
+namespace cosmos {
+namespace {
+
+constexpr int kRows = 64;
+constexpr int kChunk = 64; /* of D: rows of 128 bytes in shared memory */
+constexpr int kThreads = 256; /* eight warps: two along the rows, four along tokens or channels */
+constexpr float kHuge = 3.0e38f;
+
+template <int kTokens>
+struct Shared {
+  static constexpr int kStages = kTokens > 128 ? 3 : 2; /* two blocks on a multiprocessor up to 128 tokens */
+  unsigned char tokens[kStages][kTokens * kChunk * 2];
+  unsigned char queries[kStages][kRows * kChunk * 2];
+  unsigned char weights[kRows * kTokens * 2];
+  float mean[kTokens], rstd[kTokens];
+  float query_sum[kRows];
+  float part[4][kRows], other_part[4][kRows]; /* reductions over tokens: one part a warp */
+};
+
+/* Offset of 16-byte chunk `chunk` of a row of kBytes: the eight rows that ldmatrix reads at once hit all banks. */
+template <int kBytes>
+__device__ __forceinline__ int row_offset(int row, int chunk) {
+  return row * kBytes + ((chunk ^ (row & 7)) << 4);
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_rows(unsigned char* shared, const uint16_t* from, int64_t stride, int rows,
+                                          int width) {
+#pragma unroll
+  for (int part = 0; part < kCount * 8 / kThreads; ++part) {
+    const int index = part * kThreads + static_cast<int>(threadIdx.x), row = index >> 3, chunk = index & 7;
+    const bool valid = row < rows && chunk * 8 < width;
+    copy_async(shared + row_offset<128>(row, chunk), valid ? from + row * stride + chunk * 8 : from, valid);
+  }
+}
+
+template <Dtype kType>
+__device__ __forceinline__ void unpack8(float (&out)[8], const unsigned char* at) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(at);
+  const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = unpack<kType>(words[i]);
+    out[2 * i] = pair.x;
+    out[2 * i + 1] = pair.y;
+  }
+}
+
+template <Dtype kType>
+__device__ __forceinline__ float row_sum(const unsigned char* shared, int row, int chunks) {
+  float sum = 0.0f;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    float x[8];
+    unpack8<kType>(x, shared + row_offset<128>(row, chunk));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum += x[i];
+  }
+  return sum;
+}
+
+/* Mean and sum of squared deviations of one token, merged chunk by chunk: exact for tokens far from zero too. */
+struct Moments {
+  float mean = 0.0f, squares = 0.0f;
+
+  template <Dtype kType>
+  __device__ __forceinline__ void add(const unsigned char* shared, int row, int seen, int count) {
+    const float own = row_sum<kType>(shared, row, count / 8) / static_cast<float>(count);
+    float own_squares = 0.0f;
+    for (int chunk = 0; chunk < count / 8; ++chunk) {
+      float x[8];
+      unpack8<kType>(x, shared + row_offset<128>(row, chunk));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) own_squares += (x[i] - own) * (x[i] - own);
+    }
+    const float before = static_cast<float>(seen), now = static_cast<float>(count), delta = own - mean;
+    mean += delta * (now / (before + now));
+    squares += own_squares + delta * delta * (before * now / (before + now));
+  }
+};
+
+/* Sums of a warp over 32 rows and kTiles * 8 columns; element (m, n, e) lies at row(m, e), n * 8 + column(e). */
+template <int kTiles>
+struct WarpSums {
+  float value[2][kTiles][4] = {};
+  __device__ __forceinline__ static int row(int m, int e) {
+    return (static_cast<int>(threadIdx.x) >> 7) * 32 + m * 16 + ((static_cast<int>(threadIdx.x) & 31) >> 2) +
+           (e >> 1) * 8;
+  }
+  __device__ __forceinline__ static int column(int e) { return (static_cast<int>(threadIdx.x) & 3) * 2 + (e & 1); }
+};
+
+__device__ __forceinline__ int warp_row() { return (static_cast<int>(threadIdx.x) >> 7) * 32; }
+__device__ __forceinline__ int warp_column() { return (static_cast<int>(threadIdx.x) >> 5) & 3; } /* of four */
+
+/* Four fragments of 16 x 16 from rows of kBytes, for multiply_add's left side. */
+template <int kBytes>
+__device__ __forceinline__ void left_fragment(uint32_t (&out)[4], const unsigned char* shared, int row, int k) {
+  const int lane = static_cast<int>(threadIdx.x) & 31;
+  load_matrices(out, shared + row_offset<kBytes>(row + (lane & 15), (k >> 3) + (lane >> 4)));
+}
+
+/* scores += queries tokens^T over one chunk of D. */
+template <Dtype kType, int kTiles>
+__device__ __forceinline__ void add_scores(WarpSums<kTiles>& sums, const unsigned char* queries,
+                                           const unsigned char* tokens) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, first = warp_column() * kTiles * 8;
+#pragma unroll
+  for (int k = 0; k < kChunk; k += 16) {
+    uint32_t a[2][4];
+    left_fragment<128>(a[0], queries, warp_row(), k);
+    left_fragment<128>(a[1], queries, warp_row() + 16, k);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t b[4];
+      const int token = first + n * 8 + ((lane >> 4) << 3) + (lane & 7);
+      load_matrices(b, tokens + row_offset<128>(token, (k >> 3) + ((lane >> 3) & 1)));
+#pragma unroll
+      for (int m = 0; m < 2; ++m) {
+        multiply_add<kType>(sums.value[m][n], a[m], b[0], b[1]);
+        multiply_add<kType>(sums.value[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+/* One number a row from four warps: `value[m][half]` of the row's lanes, already alike in its four lanes. */
+__device__ __forceinline__ void put_part(float (*part)[kRows], const float (&value)[2][2]) {
+  if ((threadIdx.x & 3) != 0) return;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    part[warp_column()][WarpSums<2>::row(m, 0)] = value[m][0];
+    part[warp_column()][WarpSums<2>::row(m, 2)] = value[m][1];
+  }
+}
+__device__ __forceinline__ float part_max(const float (*part)[kRows], int row) {
+  return fmaxf(fmaxf(part[0][row], part[1][row]), fmaxf(part[2][row], part[3][row]));
+}
+__device__ __forceinline__ float part_sum(const float (*part)[kRows], int row) {
+  return (part[0][row] + part[1][row]) + (part[2][row] + part[3][row]);
+}
+
+/* What turns sums over rounded weights into Z: z = (sum - offset) * factor. Two rows a 16-row fragment. */
+struct RowFactors {
+  float offset[2][2], factor[2][2];
+};
+
+/* Softmax of the scores; leaves the weights, times r and scaled so that a row's largest is 1 (r of large tokens would
+ * leave the range of fp16), in shared memory, and writes lse. All threads of the block. */
+template <Dtype kType, int kTokens, int kTiles>
+__device__ __forceinline__ RowFactors softmax(WarpSums<kTiles>& sums, Shared<kTokens>& shared, int length, int rows,
+                                              float* lse) {
+  const int first = warp_column() * kTiles * 8;
+  float peak[2][2], total[2][2], largest[2][2];
+  RowFactors result;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const float query_sum = shared.query_sum[WarpSums<kTiles>::row(m, e)];
+      float high = -kHuge;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int token = first + n * 8 + WarpSums<kTiles>::column(side);
+          float& s = sums.value[m][n][e + side];
+          s = token < length ? (s - query_sum * shared.mean[token]) * (kLog2e * shared.rstd[token]) : -INFINITY;
+          high = fmaxf(high, s);
+        }
+      }
+      peak[m][e >> 1] = lanes_max<4>(high);
+    }
+  }
+  put_part(shared.part, peak);
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const float high = part_max(shared.part, WarpSums<kTiles>::row(m, e));
+      float sum = 0.0f, most = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const int token = first + n * 8 + WarpSums<kTiles>::column(side);
+          const float weight = exp2_fast(sums.value[m][n][e + side] - high);
+          sum += weight;
+          const float scaled = token < length ? weight * shared.rstd[token] : 0.0f;
+          most = fmaxf(most, scaled);
+          sums.value[m][n][e + side] = scaled;
+        }
+      }
+      peak[m][e >> 1] = high;
+      total[m][e >> 1] = lanes_sum<4>(sum);
+      largest[m][e >> 1] = lanes_max<4>(most);
+    }
+  }
+  __syncthreads(); /* all have read the peaks */
+  put_part(shared.part, total);
+  put_part(shared.other_part, largest);
+  __syncthreads();
+  float offset[2][2];
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int row = WarpSums<kTiles>::row(m, e);
+      const float sum = part_sum(shared.part, row), most = part_max(shared.other_part, row);
+      const float inverse = 1.0f / most;
+      float shift = 0.0f; /* from the rounded weights, so that the mean of the tokens cancels to the last bit */
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int token = first + n * 8 + WarpSums<kTiles>::column(0);
+        const uint32_t bits =
+            pack<kType>(sums.value[m][n][e] * inverse, sums.value[m][n][e + 1] * inverse);
+        const float2 rounded = unpack<kType>(bits);
+        shift += rounded.x * shared.mean[token] + rounded.y * shared.mean[token + 1];
+        *reinterpret_cast<uint32_t*>(shared.weights + row_offset<kTokens * 2>(row, token >> 3) + (token & 7) * 2) =
+            bits;
+      }
+      offset[m][e >> 1] = lanes_sum<4>(shift);
+      result.factor[m][e >> 1] = most / sum;
+      if (warp_column() == 0 && (threadIdx.x & 3) == 0 && row < rows)
+        lse[row] = kLn2 * peak[m][e >> 1] + logf(sum);
+    }
+  }
+  __syncthreads();
+  put_part(shared.part, offset);
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    result.offset[m][0] = part_sum(shared.part, WarpSums<kTiles>::row(m, 0));
+    result.offset[m][1] = part_sum(shared.part, WarpSums<kTiles>::row(m, 2));
+  }
+  return result;
+}
+
+/* A chunk of Z: 32 rows x 16 channels a warp. */
+template <Dtype kType, int kTokens>
+__device__ __forceinline__ void attend_chunk(const Shared<kTokens>& shared, const unsigned char* tokens,
+                                             const RowFactors& factors, uint16_t* out, int64_t dim, int rows,
+                                             int width) {
+  const int lane = static_cast<int>(threadIdx.x) & 31, first = warp_column() * 16;
+  WarpSums<2> sums;
+#pragma unroll 4
+  for (int k = 0; k < kTokens; k += 16) {
+    uint32_t b[4];
+    load_matrices_transposed(
+        b, tokens + row_offset<128>(k + (((lane >> 3) & 1) << 3) + (lane & 7), (first >> 3) + (lane >> 4)));
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      uint32_t a[4];
+      left_fragment<kTokens * 2>(a, shared.weights, warp_row() + m * 16, k);
+      multiply_add<kType>(sums.value[m][0], a, b[0], b[1]);
+      multiply_add<kType>(sums.value[m][1], a, b[2], b[3]);
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int row = WarpSums<2>::row(m, e);
+      const float offset = factors.offset[m][e >> 1], factor = factors.factor[m][e >> 1];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int column = first + n * 8 + WarpSums<2>::column(0);
+        if (row >= rows || column >= width) continue;
+        *reinterpret_cast<uint32_t*>(out + row * dim + column) =
+            pack<kType>((sums.value[m][n][e] - offset) * factor, (sums.value[m][n][e + 1] - offset) * factor);
+      }
+    }
+  }
+}
+
+template <Dtype kType, int kTokens>
+__global__ void __launch_bounds__(kThreads, kTokens > 128 ? 1 : 2) pool_forward_kernel(const CosmosPoolForward call) {
+  auto& shared = *reinterpret_cast<Shared<kTokens>*>(shared_memory());
+  constexpr int kStages = Shared<kTokens>::kStages;
+  constexpr int kTiles = kTokens / 32; /* of eight tokens, a warp */
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t row_blocks = (call.rows + kRows - 1) / kRows;
+  const int64_t sample = blockIdx.x / row_blocks, first_row = blockIdx.x % row_blocks * kRows;
+  const int rows = static_cast<int>(call.rows - first_row < kRows ? call.rows - first_row : kRows);
+  const int length = static_cast<int>(call.length), dim = static_cast<int>(call.dim);
+  const uint16_t* tokens = static_cast<const uint16_t*>(call.tokens) + sample * call.batch_stride;
+  const uint16_t* queries = static_cast<const uint16_t*>(call.queries) + (sample * call.rows + first_row) * dim;
+  uint16_t* attended = static_cast<uint16_t*>(call.attended) + (sample * call.rows + first_row) * dim;
+  const int chunks = (dim + kChunk - 1) / kChunk;
+
+  const auto load = [&](int step) { /* steps 0 .. chunks - 1: for the scores, chunks .. 2 chunks - 1: for Z */
+    if (step < 2 * chunks) {
+      const int start = step % chunks * kChunk, stage = step % kStages;
+      load_rows<kTokens>(shared.tokens[stage], tokens + start, call.token_stride, length, dim - start);
+      if (step < chunks) load_rows<kRows>(shared.queries[stage], queries + start, dim, rows, dim - start);
+    }
+    commit_copies();
+  };
+  const auto await = [&](int step) {
+    wait_copies<kStages - 2>();
+    __syncthreads(); /* this stage has arrived for all, and none still reads the one to be filled */
+    load(step + kStages - 1);
+  };
+
+  WarpSums<kTiles> scores;
+  Moments moments;
+  float query_sum = 0.0f;
+  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int step = 0; step < chunks; ++step) {
+    await(step);
+    const int start = step * kChunk, count = dim - start < kChunk ? dim - start : kChunk;
+    if (thread < kTokens) moments.add<kType>(shared.tokens[step % kStages], thread, start, count);
+    if (thread >= kThreads - kRows)
+      query_sum += row_sum<kType>(shared.queries[step % kStages], thread - (kThreads - kRows), count / 8);
+    add_scores<kType, kTiles>(scores, shared.queries[step % kStages], shared.tokens[step % kStages]);
+  }
+  if (thread < kTokens) {
+    shared.mean[thread] = moments.mean;
+    shared.rstd[thread] = 1.0f / sqrtf(moments.squares / static_cast<float>(dim) + call.eps);
+  }
+  if (thread >= kThreads - kRows) shared.query_sum[thread - (kThreads - kRows)] = query_sum;
+  __syncthreads();
+  const RowFactors factors =
+      softmax<kType, kTokens, kTiles>(scores, shared, length, rows, call.lse + sample * call.rows + first_row);
+  for (int step = chunks; step < 2 * chunks; ++step) {
+    await(step);
+    const int start = (step - chunks) * kChunk;
+    attend_chunk<kType, kTokens>(shared, shared.tokens[step % kStages], factors, attended + start, dim, rows,
+                                 dim - start);
+  }
+}
+
+template <Dtype kType, int kTokens>
+int32_t run_tokens(const CosmosPoolForward& call, void* stream) {
+  const int64_t blocks = call.batch * ((call.rows + kRows - 1) / kRows);
+  return launch(pool_forward_kernel<kType, kTokens>, blocks, kThreads, static_cast<int>(sizeof(Shared<kTokens>)),
+                stream, call);
+}
+
+template <Dtype kType>
+int32_t run(const CosmosPoolForward& call, void* stream) {
+  if (call.length <= 64) return run_tokens<kType, 64>(call, stream);
+  if (call.length <= 128) return run_tokens<kType, 128>(call, stream);
+  return run_tokens<kType, 256>(call, stream);
+}
+
+}  // namespace
+}  // namespace cosmos
+
+/* dtype: 0 for fp16, 1 for bf16. Asynchronous on `stream`, on the current device. Returns COSMOS_OK, COSMOS_BAD_ARGUMENT
+ * or a cudaError_t. */
+COSMOS_EXPORT int32_t cosmos_pool_forward(const CosmosPoolForward* call, int32_t dtype, void* stream) {
+  using namespace cosmos;
+  if (call == nullptr || call->batch < 1 || call->length < 1 || call->length > 256 || call->rows < 1 ||
+      call->dim < 1 || call->dim % 8 != 0 || call->dim > (1 << 20) || call->batch_stride % 8 != 0 ||
+      call->token_stride % 8 != 0 || call->batch * call->rows >= (INT64_C(1) << 31) || dtype < 0 || dtype > 1)
+    return COSMOS_BAD_ARGUMENT;
+  return static_cast<Dtype>(dtype) == Dtype::kHalf ? run<Dtype::kHalf>(*call, stream)
+                                                   : run<Dtype::kBfloat16>(*call, stream);
+}

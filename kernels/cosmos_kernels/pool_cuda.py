@@ -1,0 +1,92 @@
+"""CUDA backend of the cross-attention pooling: forward of csrc/pool_forward_cuda.cu, and Triton's backward.
+
+One block a sample (and 64 rows) on the tensor cores: all scores first, the LayerNorm of the tokens applied to scores
+and sums, an exact softmax in fp32. fp16 or bf16 tokens, at most 256 of them.
+
+Checked on a CPU in the emulation of csrc/emulation and compiled for sm_80 and sm_90a without spills; not yet run on
+hardware.
+
+Axes: B batch, L tokens, M rows of a sample (views times heads), D embedding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from . import native
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+MAX_TOKENS = 256
+LAYER_NORM_EPS = 1e-5
+ALIGNMENT = 8  # elements: rows begin at multiples of 16 bytes
+
+
+class _Forward(ctypes.Structure):
+    """CosmosPoolForward."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "queries", "attended", "lse")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "rows", "dim", "batch_stride", "token_stride")),
+        ("eps", ctypes.c_float),
+    )
+
+
+_FORWARD_ARGUMENTS = (ctypes.POINTER(_Forward), ctypes.c_int32, ctypes.c_void_p)
+
+
+def why_unsupported(tokens_BLD: Tensor, *_: Tensor) -> str | None:
+    """None where the kernels take these tokens, else the reason."""
+    if tokens_BLD.dtype not in DTYPES:
+        return f"tokens in {tokens_BLD.dtype}: its tensor-core kernels take float16 or bfloat16"
+    if tokens_BLD.shape[1] > MAX_TOKENS:
+        return f"{tokens_BLD.shape[1]} tokens, it takes at most {MAX_TOKENS}"
+    if tokens_BLD.shape[2] % ALIGNMENT:
+        return f"D = {tokens_BLD.shape[2]}, it takes multiples of {ALIGNMENT}"
+    return None if tokens_BLD.is_cuda else f"tokens on {tokens_BLD.device}, it needs CUDA tensors"
+
+
+def attend(tokens_BLD: Tensor, queries_BMD: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted means of the normalised tokens.
+
+    Args:
+        tokens_BLD: [B, L, D], fp16 or bf16, L <= 256, D a multiple of 8; any strides.
+        queries_BMD: [B, M, D] of the same dtype, scaled.
+
+    Returns:
+        attended [B, M, D] in that dtype, and the log-sum-exps of the scores [B, M] in fp32.
+
+    Raises:
+        RuntimeError: the library is missing, or CUDA reports an error.
+    """
+    (batch, length, dim), rows = tokens_BLD.shape, queries_BMD.shape[1]
+    tokens_BLD, queries_BMD = _readable(tokens_BLD.detach()), _readable(queries_BMD.detach().contiguous())
+    attended_BMD = torch.empty_like(queries_BMD)
+    lse_BM = torch.empty((batch, rows), dtype=torch.float32, device=queries_BMD.device)
+    tensors = (tokens_BLD, queries_BMD, attended_BMD, lse_BM)
+    sizes = (batch, length, rows, dim, *tokens_BLD.stride()[:2])
+    call = _Forward(*(tensor.data_ptr() for tensor in tensors), *sizes, LAYER_NORM_EPS)
+    native.run_on_stream(
+        native.function("cuda", "cosmos_pool_forward", _FORWARD_ARGUMENTS, ctypes.c_int32),
+        tokens_BLD,
+        ctypes.byref(call),
+        DTYPES[tokens_BLD.dtype],
+    )
+    return attended_BMD, lse_BM
+
+
+def attend_backward(
+    tokens_BLD: Tensor, queries_BMD: Tensor, lse_BM: Tensor, grad_BMD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward stage: Triton's."""
+    return import_module(".pool_triton", __package__).attend_backward(tokens_BLD, queries_BMD, lse_BM, grad_BMD)
+
+
+def _readable(x_BND: Tensor) -> Tensor:
+    """As it is where every row is contiguous and begins at a multiple of 16 bytes, else a contiguous copy."""
+    (batch_stride, row_stride, stride), address = x_BND.stride(), x_BND.data_ptr()
+    aligned = stride == 1 and batch_stride % ALIGNMENT == 0 and row_stride % ALIGNMENT == 0 and address % 16 == 0
+    return x_BND if aligned else x_BND.clone(memory_format=torch.contiguous_format)
