@@ -6,13 +6,15 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from cosmos_fast.config.train import TrainConfig
 from cosmos_fast.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # Places that hold sources and take a bare path, or a list of paths, as a shorthand.
 _SOURCE_LISTS = (("data", "train"), ("evaluate", "data"))
@@ -35,6 +37,8 @@ def load_config(source: TrainConfig | Mapping[str, Any] | str | Path, overrides:
         _apply(tree, override)
     _expand_sources(tree)
     _refuse_unknown_keys(tree, TrainConfig, ())
+    from pydantic import TypeAdapter, ValidationError  # here: the model and its benchmarks run without it
+
     try:
         return TypeAdapter(TrainConfig).validate_python(tree)
     except ValidationError as error:
