@@ -1,23 +1,21 @@
 """AdamW for the student and the moving average for the teacher, in the order COSMOS needs.
 
 One step: teacher <- average with the student's weights from before the step; gradient clipping; AdamW; scales clamped.
-The first three are one pass over memory in `cosmos_fast.ops.adamw_ema_`.
+All of it is one pass over memory in `cosmos_fast.ops.adamw_ema_`, after one over the gradients for their norm.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from cosmos_fast.config import OptimizerConfig, TrainConfig
-from cosmos_fast.ops.adamw_ema import adamw_ema_, grad_norm
+from cosmos_fast.ops.adamw_ema import MAX_LOG_SCALE, adamw_ema_, grad_norm
 from cosmos_fast.utils.errors import UserError
 
-MAX_LOG_SCALE = math.log(100.0)
 _NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
 
@@ -37,6 +35,28 @@ def has_weight_decay(name: str, parameter: Tensor) -> bool:
 def build_optimizer(config: TrainConfig, student: nn.Module, teacher: nn.Module) -> AdamWEma:
     """The optimizer of `student` that also keeps `teacher`; both hold fp32 parameters of the same names."""
     return AdamWEma(config.optimizer, student, teacher)
+
+
+def _is_log_scale(name: str) -> bool:
+    return name.endswith("logit_scale")
+
+
+class _Readout:
+    """Values on their way from the device to the host: asked for at once, waited for when they are read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._arrived = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(values.device))
+
+    def values(self) -> list[float]:
+        """Waits until they are here, not for what the device was given to do since."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()
 
 
 class AdamWEma:
@@ -70,64 +90,56 @@ class AdamWEma:
         """Apply the gradients that backward() has left.
 
         loss: 0-dim, checked together with the gradients. With NaN or Inf in either, weights, teacher and optimizer
-        state stay as they are. Reading that flag is the only synchronisation with a GPU.
+        state stay as they are. On a GPU the device decides that by itself, and the host, which waits for the norm
+        alone, goes on to the next step while the update still runs.
         """
-        grads = [p.grad for p in self._student.values() if p.grad is not None]
-        norm = grad_norm(grads)
+        names = [name for name, p in self._student.items() if p.grad is not None]
+        norm = grad_norm([grad for name in names if (grad := self._student[name].grad) is not None])
         watched = [norm] if loss is None else [norm, loss.detach().to(norm)]
-        norm_value, *rest = torch.stack(watched).tolist()
+        readout = _Readout(torch.stack(watched))
+        # 0 x loss is 0, or NaN where the loss is not finite: the norm then stops the step as well.
+        self._update(names, sum(0.0 * one for one in watched[1:]) + norm, lr=lr, ema_decay=ema_decay)
+        norm_value, *rest = readout.values()
         if not all(math.isfinite(value) for value in (norm_value, *rest)):
             return StepResult(grad_norm=norm_value, applied=False)
-        scale = 1.0
-        if self.config.clip_norm is not None:
-            scale = min(1.0, self.config.clip_norm / (norm_value + 1e-6))
-        for (decays, step), names in self._groups().items():
-            self._update(names, step, lr=lr, ema_decay=ema_decay, decays=decays, grad_scale=scale)
+        for name in names:
+            self._steps[name] += 1
         self._average_idle(ema_decay)
-        self._clamp_scales()
         return StepResult(grad_norm=norm_value, applied=True)
 
-    def _groups(self) -> dict[tuple[bool, int], list[str]]:
-        """Names with a gradient by (decays, number of this step): two groups, unless gradients came and went."""
-        groups: dict[tuple[bool, int], list[str]] = defaultdict(list)
-        for name, parameter in self._student.items():
-            if parameter.grad is not None:
-                groups[has_weight_decay(name, parameter), self._steps[name] + 1].append(name)
-        return groups
-
-    def _update(
-        self, names: list[str], step: int, *, lr: float, ema_decay: float, decays: bool, grad_scale: float
-    ) -> None:
-        grads = [grad for name in names if (grad := self._student[name].grad) is not None]
+    def _update(self, names: list[str], norm: Tensor, *, lr: float, ema_decay: float) -> None:
+        """The fused step over the parameters of those names; none of it where the norm is not finite."""
         adamw_ema_(
             [self._student[name].data for name in names],
-            grads,
+            [grad for name in names if (grad := self._student[name].grad) is not None],
             [self._exp_avg[name] for name in names],
             [self._exp_avg_sq[name] for name in names],
             [self._teacher[name].data for name in names],
-            step=step,
+            step=[self._steps[name] + 1 for name in names],
             lr=lr,
             beta1=self.config.betas[0],
             beta2=self.config.betas[1],
             eps=self.config.eps,
-            weight_decay=self.config.weight_decay if decays else 0.0,
+            weight_decay=[self._weight_decay(name) for name in names],
             ema_decay=ema_decay,
-            grad_scale=grad_scale,
+            clip_norm=self.config.clip_norm,
+            norm=norm,
+            skip_nonfinite=True,
+            log_scales=[i for i, name in enumerate(names) if _is_log_scale(name)],
         )
-        for name in names:
-            self._steps[name] = step
+
+    def _weight_decay(self, name: str) -> float:
+        return self.config.weight_decay if has_weight_decay(name, self._student[name]) else 0.0
 
     def _average_idle(self, ema_decay: float) -> None:
+        """The teacher's share of parameters without a gradient."""
         idle = [name for name, p in self._student.items() if p.grad is None]
         if idle:
             teachers = [self._teacher[name].data for name in idle]
             torch._foreach_lerp_(teachers, [self._student[name].data for name in idle], 1.0 - ema_decay)
-
-    def _clamp_scales(self) -> None:
-        for parameters in (self._student, self._teacher):
-            for name, parameter in parameters.items():
-                if name.endswith("logit_scale"):
-                    parameter.data.clamp_(0.0, MAX_LOG_SCALE)
+        for name in filter(_is_log_scale, idle):
+            self._student[name].data.clamp_(0.0, MAX_LOG_SCALE)
+            self._teacher[name].data.clamp_(0.0, MAX_LOG_SCALE)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`exp_avg/<name>`, `exp_avg_sq/<name>` like the parameters, `step/<name>` 0-dim int64."""

@@ -1,181 +1,168 @@
-"""AdamW and the teacher's exponential moving average in one pass over memory, and the global gradient norm.
+"""AdamW, the teacher's exponential moving average and what belongs to them, in one pass over memory.
 
-    ema <- ema_decay * ema + (1 - ema_decay) * param          (the parameter from BEFORE the step)
-    g   <- grad_scale * grad
-    exp_avg, exp_avg_sq, param <- AdamW as torch.optim.AdamW  (decoupled weight decay, bias correction)
+    s   = grad_scale * min(1, clip_norm / (|grad_scale| * norm + 1e-6))     norm: L2 over all gradients
+    ema <- ema_decay * ema + (1 - ema_decay) * param                        the parameter from BEFORE the step
+    exp_avg, exp_avg_sq, param <- AdamW as torch.optim.AdamW on s * grad    (decoupled weight decay, bias correction)
+    the logarithmic scales among the parameters, and their averages, clamped to [0, ln 100]
+    bf16 copies of param and ema
 
-Backends of `adamw_ema`:
-    cuda    csrc/adamw_ema_cuda.cu: 36 B per element, a launch per 48 tensors. Compiled for sm_80 and sm_90a; not yet
+36 B an element, 2 more a copy; the norm reads the gradients once before, 4 B.
+
+Backends of `adamw_ema` and `grad_norm`:
+    cuda    csrc/adamw_ema_cuda.cu, grad_norm_cuda.cu: a launch per 42 tensors. Compiled for sm_80 and sm_90a; not yet
             run on hardware.
-    native  csrc/adamw_ema_cpu.cpp: 36 B per element, one OpenMP loop over all tensors
+    triton  cosmos_kernels/adamw_ema_triton.py: one launch for all tensors
+    native  csrc/adamw_ema_cpu.cpp: one OpenMP loop over all tensors
     eager   torch's foreach operations: any device, dtype and layout
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from cosmos_fast.ops.backends import Backend, register, resolve
-from cosmos_kernels import adamw_ema_native, native
-from cosmos_kernels.adamw_ema_native import AdamwEmaOptions
+from cosmos_fast.ops import adamw_ema_stages as stages
+from cosmos_fast.ops.adamw_ema_stages import MAX_LOG_SCALE as MAX_LOG_SCALE
 
-TensorLists = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor] | None]
+Tensors = Tensor | Sequence[Tensor]
+_OPTIONAL = ("ema_params", "param_copies", "ema_copies")
+_GROUPS = ("params", "grads", "exp_avgs", "exp_avg_sqs", *_OPTIONAL)
 
 
 @torch.no_grad()
 def adamw_ema_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    ema_params: Sequence[Tensor] | None,
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    ema_params: Tensors | None = None,
     *,
-    step: int,
+    step: int | Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Sequence[float],
     ema_decay: float,
     grad_scale: float | Tensor = 1.0,
+    clip_norm: float | None = None,
+    norm: Tensor | None = None,
+    skip_nonfinite: bool = False,
+    log_scales: Sequence[int] = (),
+    param_copies: Tensors | None = None,
+    ema_copies: Tensors | None = None,
     backend: str = "auto",
-) -> None:
-    """One optimizer step with the teacher update in front, in place. One call a weight-decay group.
+) -> Tensor | None:
+    """One optimizer step with the teacher's update in front, in place. Nothing waits for a GPU.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: lists of equal length; entry i of all of them has one shape, dtype and
-            device. All tensors of a call lie on one device.
+        params, grads, exp_avgs, exp_avg_sqs: lists of equal length, or a flat tensor each; entry i of all of them has
+            one shape, dtype and device. All tensors of a call lie on one device.
         ema_params: the teacher's, shaped alike; None leaves the average out. It may differ in dtype (eager only).
-        step: number of this update, from 1.
-        grad_scale: multiplies the gradients (clipping, loss scaling); a 0-dim fp32 tensor is read where it lies, so
-            that clipping on a GPU needs no synchronisation.
-        backend: "auto", "eager", "native" (CPU) or "cuda".
+        step, weight_decay: one for all, or one a tensor. step is the number of this update, from 1.
+        grad_scale: multiplies the gradients (loss scaling); a 0-dim tensor is read where it lies.
+        clip_norm: the gradients are scaled so that their norm is at most this; None: no clipping.
+        norm: the gradients' L2 norm before any factor, where the caller knows it (sharded gradients, say), 0-dim; read
+            where it lies. None: computed here, if clipping or skipping needs it.
+        skip_nonfinite: leave every bit as it was where the norm is NaN or Inf.
+        log_scales: positions of the logarithmic logit scales, clamped to [0, ln 100] after the step, and their
+            averages with them. In a flat buffer, pass views of its parts instead of the whole.
+        param_copies, ema_copies: contiguous bf16 tensors that receive the new params and ema_params.
+        backend: "auto", "eager", "native" (CPU), "triton" or "cuda".
+
+    Returns:
+        The gradients' norm before any factor, 0-dim fp32 on their device; None where nothing needed it.
 
     Raises:
         ValueError: lists that do not match, or an explicit backend that cannot take them.
     """
-    lists = (params, grads, exp_avgs, exp_avg_sqs, ema_params)
-    _check(lists)
-    if step < 1:
-        raise ValueError(f"step is {step}; the first update has step 1")
-    flat = [tensor for group in lists if group is not None for tensor in group]
-    run = resolve("adamw_ema", backend, *flat).backend.run
-    options = AdamwEmaOptions(
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, ema_decay=ema_decay, step=step
-    )
-    if params:
-        run(lists, options, grad_scale)
+    groups = _listed(params, grads, exp_avgs, exp_avg_sqs, ema_params, param_copies, ema_copies)
+    _check(groups)
+    count = len(groups["params"])
+    per_tensor = _per_tensor(count, step, weight_decay, log_scales)
+    if norm is None and (clip_norm is not None or skip_nonfinite):
+        norm = grad_norm(groups["grads"], backend=backend)
+    if not count:
+        return norm
+    factor = grad_scale if isinstance(grad_scale, Tensor) else None
+    hyper = [lr, beta1, beta2, eps, ema_decay, 1.0 if isinstance(grad_scale, Tensor) else grad_scale]
+    scalars = [_scalar(name, x, groups) for name, x in (("grad_scale", factor), ("norm", norm))]
+    stages.step_(*groups.values(), *scalars, *per_tensor, hyper, clip_norm, skip_nonfinite, backend)
+    return norm
 
 
 @torch.no_grad()
 def grad_norm(grads: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
-    """L2 norm over all elements of all gradients: 0-dim fp32 tensor on their device (CPU for an empty list)."""
+    """L2 norm over all elements of all gradients: 0-dim fp32 tensor on their device (CPU for an empty list).
+
+    Deterministic; nothing waits for a GPU.
+    """
     grads = list(grads)
     if not grads:
         return torch.zeros(())
-    return resolve("grad_norm", backend, *grads).backend.run(grads)
+    return stages.norm(grads, backend)
 
 
-def _check(lists: TensorLists) -> None:
-    """Every list as long as params; entry i of every list like params[i]; one device."""
-    params = lists[0]
-    for name, group in zip(("grads", "exp_avgs", "exp_avg_sqs", "ema_params"), lists[1:], strict=True):
-        if group is None and name == "ema_params":
+def _listed(*given: Tensors | None) -> dict[str, list[Tensor]]:
+    """Each argument as a list; an empty one for what is left out."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, group in zip(_GROUPS, given, strict=True):
+        groups[name] = [group] if isinstance(group, Tensor) else list(() if group is None else group)
+        if group is not None and not groups[name] and groups["params"]:
+            raise ValueError(f"{name} has 0 tensors, params has {len(groups['params'])}")
+    if groups["ema_copies"] and not groups["ema_params"]:
+        raise ValueError("ema_copies without ema_params: there is nothing to copy")
+    return groups
+
+
+def _per_tensor(
+    count: int, step: int | Sequence[int], weight_decay: float | Sequence[float], log_scales: Sequence[int]
+) -> tuple[list[int], list[float], list[int]]:
+    """steps, weight_decays, and 1 for a tensor to clamp, else 0; one entry a tensor each."""
+    steps = [step] * count if isinstance(step, int) else list(step)
+    decays = [weight_decay] * count if isinstance(weight_decay, (int, float)) else list(weight_decay)
+    for name, values in (("step", steps), ("weight_decay", decays)):
+        if len(values) != count:
+            raise ValueError(f"{name} has {len(values)} entries, params has {count}: give one for all, or one each")
+    if any(one < 1 for one in ([step] if isinstance(step, int) else steps)):
+        raise ValueError(f"step is {step}; the first update has step 1")
+    clamped = [0] * count
+    for position in log_scales:
+        if not 0 <= position < count:
+            raise ValueError(f"log_scales names tensor {position}, params has {count}")
+        clamped[position] = 1
+    return steps, decays, clamped
+
+
+def _scalar(name: str, value: Tensor | None, groups: dict[str, list[Tensor]]) -> Tensor | None:
+    """As the backends read it: 0-dim fp32 on the parameters' device."""
+    if value is None:
+        return None
+    if value.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a scalar")
+    return value.detach().reshape(()).to(device=groups["params"][0].device, dtype=torch.float32)
+
+
+def _check(groups: dict[str, list[Tensor]]) -> None:
+    """Every list as long as params; entry i of every list like params[i]; one device. 0.1 us a tensor and attribute."""
+    params = groups["params"]
+    shapes, dtypes = [param.shape for param in params], [param.dtype for param in params]
+    device = params[0].device if params else None
+    for name, group in groups.items():
+        if not group and name in _OPTIONAL:
             continue
-        assert group is not None
         if len(group) != len(params):
             raise ValueError(f"{name} has {len(group)} tensors, params has {len(params)}")
-        for i, (tensor, param) in enumerate(zip(group, params, strict=True)):
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {tuple(param.shape)} as params[{i}]"
-                )
-            if tensor.device != params[0].device:
-                raise ValueError(f"{name}[{i}] is on {tensor.device}, params[0] on {params[0].device}")
-            if tensor.dtype != param.dtype and name != "ema_params":
-                raise ValueError(f"{name}[{i}] has dtype {tensor.dtype}, expected {param.dtype} as params[{i}]")
-    for i, param in enumerate(params):
-        if param.device != params[0].device:
-            raise ValueError(f"params[{i}] is on {param.device}, params[0] on {params[0].device}")
-
-
-def _run_eager(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
-    params, grads, exp_avgs, exp_avg_sqs = (list(group) for group in lists[:4])
-    ema_params, o = lists[4], options
-    if ema_params is not None:
-        for dtype in {tensor.dtype for tensor in ema_params}:
-            chosen = [i for i, tensor in enumerate(ema_params) if tensor.dtype == dtype]
-            old = [params[i].to(dtype) for i in chosen]
-            torch._foreach_lerp_([ema_params[i] for i in chosen], old, 1.0 - o.ema_decay)
-    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-        grads = list(torch._foreach_mul(grads, grad_scale))  # a copy: the caller's gradients stay as they are
-    if o.weight_decay != 0.0:
-        torch._foreach_mul_(params, 1.0 - o.lr * o.weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1.0 - o.beta1)
-    torch._foreach_mul_(exp_avg_sqs, o.beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1.0 - o.beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, math.sqrt(1.0 - o.beta2**o.step))
-    torch._foreach_add_(denominators, o.eps)
-    torch._foreach_addcdiv_(params, exp_avgs, denominators, -o.lr / (1.0 - o.beta1**o.step))
-
-
-def _run_native(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
-    adamw_ema_native.adamw_ema_cpu_(*lists, options, float(grad_scale))
-
-
-def _run_cuda(lists: TensorLists, options: AdamwEmaOptions, grad_scale: float | Tensor) -> None:
-    if isinstance(grad_scale, Tensor) and grad_scale.device.type == "cuda":
-        scale = grad_scale.detach().to(device=lists[0][0].device, dtype=torch.float32)
-        adamw_ema_native.adamw_ema_cuda_(*lists, options, 1.0, scale)
-    else:
-        adamw_ema_native.adamw_ema_cuda_(*lists, options, float(grad_scale), None)
-
-
-def _norm_eager(grads: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
-
-
-def _norm_native(grads: list[Tensor]) -> Tensor:
-    return torch.tensor(math.sqrt(adamw_ema_native.sum_of_squares_cpu(grads)), dtype=torch.float32)
-
-
-def _fp32_contiguous_on(device_type: str, *tensors: Tensor) -> str | None:
-    for tensor in tensors:
-        if tensor.device.type != device_type:
-            return f"it runs on {device_type} tensors, one is on {tensor.device}"
-        if tensor.dtype != torch.float32:
-            return f"it takes float32, one tensor is {tensor.dtype}"
-        if not tensor.is_contiguous():
-            return f"it takes contiguous tensors, one of shape {tuple(tensor.shape)} has strides {tensor.stride()}"
-    return None
-
-
-def _why_not_cuda(*tensors: Tensor) -> str | None:
-    return _fp32_contiguous_on("cuda", *tensors)
-
-
-def _why_not_native(*tensors: Tensor) -> str | None:
-    return _fp32_contiguous_on("cpu", *tensors)
-
-
-def _no_cuda() -> str | None:
-    return "no CUDA device" if not torch.cuda.is_available() else native.why_missing("cuda")
-
-
-def _no_native() -> str | None:
-    return native.why_missing("cpu")
-
-
-register(
-    Backend("adamw_ema", "cuda", _run_cuda, "csrc, one pass over memory", _no_cuda, _why_not_cuda),
-    Backend("adamw_ema", "native", _run_native, "csrc, one pass over memory, OpenMP", _no_native, _why_not_native),
-    Backend("adamw_ema", "eager", _run_eager, "torch foreach; any device, dtype, layout"),
-    Backend("grad_norm", "native", _norm_native, "csrc, one read, any number of threads", _no_native, _why_not_native),
-    Backend("grad_norm", "eager", _norm_eager, "torch foreach; any device and dtype"),
-)
+        is_copy = name.endswith("copies")
+        for i, (tensor, shape, dtype) in enumerate(zip(group, shapes, dtypes, strict=True)):
+            wanted = torch.bfloat16 if is_copy else dtype
+            if tensor.shape != shape:
+                raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}, expected {tuple(shape)} as params[{i}]")
+            if tensor.device != device:
+                raise ValueError(f"{name}[{i}] is on {tensor.device}, params[0] on {device}")
+            if tensor.dtype != wanted and name != "ema_params":
+                raise ValueError(f"{name}[{i}] has dtype {tensor.dtype}, expected {wanted} as params[{i}]")
+            if is_copy and not tensor.is_contiguous():
+                raise ValueError(f"{name}[{i}] of shape {tuple(shape)} is not contiguous")

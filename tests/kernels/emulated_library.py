@@ -16,7 +16,13 @@ from torch import Tensor
 from cosmos_kernels import native
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = ("library_cuda.cu", "infonce_backward_cuda.cu", "pool_forward_cuda.cu")
+SOURCES = (
+    "library_cuda.cu",
+    "adamw_ema_cuda.cu",
+    "grad_norm_cuda.cu",
+    "infonce_backward_cuda.cu",
+    "pool_forward_cuda.cu",
+)
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 MARGIN = 4096  # bytes before and behind every allocation
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DCOSMOS_EMULATE", "-fPIC")
