@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import rows, sweeps
 from benchmarks.eager_cosmos import EagerFeatures, cosmos_loss
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.memory import peak_mib
@@ -132,6 +132,8 @@ def command(batches: tuple[int, ...], dim: int, device: str, backend: str, repea
     rows.show(found)
     click.echo(f"wrote {rows.write(found, out)}")
 
+
+sweeps.offer(command, "infonce")
 
 if __name__ == "__main__":
     command()

@@ -15,7 +15,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import rows, sweeps
 from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave
 from benchmarks.rows import Row
 from cosmos_fast.ops.adamw_ema import adamw_ema_, grad_norm
@@ -138,6 +138,8 @@ def command(device: str, repeats: int, out: Path | None) -> None:
     rows.show(found)
     print(f"written to {rows.write(found, out)}")
 
+
+sweeps.offer(command, "optimizer")
 
 if __name__ == "__main__":
     command()

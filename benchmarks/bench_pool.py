@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import rows, sweeps
 from benchmarks.eager_cosmos import CrossAttentionPool as EagerPool
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.rows import Row
@@ -139,6 +139,8 @@ def command(batch: int, lengths: tuple[int, ...], dim: int, device: str, repeats
     rows.show(found)
     click.echo(f"wrote {rows.write(found, out)}")
 
+
+sweeps.offer(command, "pool")
 
 if __name__ == "__main__":
     command()

@@ -1,60 +1,187 @@
-"""First run on a GPU: builds the CUDA library, runs the kernel tests and the GPU benchmarks, writes one JSON.
+"""Everything that only a GPU can tell, in one call of under nine minutes: build, kernel tests, sweeps, benchmarks.
 
     PYTHONPATH=.:kernels python3 benchmarks/gpu_check.py          (or: make gpu-check)
+    python3 benchmarks/gpu_check.py --dry-run                     what would run, and for how long; needs no GPU
 
-Needs torch with CUDA, pytest and nvcc; no installation of this package. Exit status: 0 all passed, 1 something failed,
-2 cannot run here.
+Needs torch with CUDA and nvcc; no installation. Steps whose packages are missing (pytest, matplotlib, ...) are left
+out, and say so. `benchmarks/results/<device>/gpu_check.json` is written anew after every step, so that a run that is
+cut off leaves what it found; rows and pictures of the benchmarks lie beside it. Exit status: 0 all passed, 1
+something failed or was left out, 2 cannot run here.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parents[1]
-LIBRARY_DIR = ROOT / "kernels" / "cosmos_kernels" / "_lib"
-BENCHMARKS = (["benchmarks.bench_optimizer", "--device", "cuda"],)
+TOTAL_S = 520.0
 
 
-def run(command: list[str], timeout_s: float = 500.0) -> dict[str, object]:
-    """Run a command in the checkout, echo it; returns its name, status, seconds and the end of its output."""
-    print("$", " ".join(command), flush=True)
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One process. It gets `limit_s` if it can, and is left out where less than `least_s` is left for it.
+
+    command: arguments after the Python interpreter; "{budget}" becomes two thirds of the seconds it gets, "{junit}" a
+    file for pytest's results. modules: packages it imports, beside torch.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    least_s: float
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """status: "passed", "failed", "stopped" (the time was up) or "left out"; `output_tail` says why."""
+
+    name: str
+    status: str
+    seconds: float
+    output_tail: str = ""
+
+
+def plan() -> list[Step]:
+    """All steps, most telling first: a step in front may use what the later ones can spare, not what they need."""
+    tests = ("-m", "pytest", "tests/kernels", "-q", "-rs", "-p", "no:cacheprovider", "--junitxml={junit}")
+    tests += ("--ignore-glob=*emulated*", "--ignore-glob=*compile_ahead*")
+    if importlib.util.find_spec("xdist"):
+        tests += ("-n", "4")  # four processes share the GPU and compile side by side
+    shown = ("click", "rich", "matplotlib")
+    steps = [
+        Step(name="build", command=("benchmarks/build_cuda.py",), limit_s=150, least_s=20),
+        Step(name="kernel tests", command=tests, limit_s=200, least_s=40, modules=("pytest",)),
+    ]
+    for name in ("infonce", "pool", "optimizer", "distill"):
+        command = ("-m", "benchmarks.sweeps", name, "--device", "cuda", "--budget-s", "{budget}")
+        steps.append(Step(name=f"sweep {name}", command=command, limit_s=60, least_s=20, modules=shown))
+    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
+        name = path.stem.removeprefix("bench_")
+        command = ("-m", f"benchmarks.{path.stem}", "--device", "cuda")
+        if name == "step":
+            command += ("--model", "ViT-B-16")
+        steps.append(Step(name=f"bench {name}", command=command, limit_s=60, least_s=15, modules=shown))
+    return steps
+
+
+def allowance(step: Step, later: Sequence[Step], remaining_s: float) -> float:
+    """Seconds the step may take: its limit, less if the later ones would not get their least; 0 to leave it out."""
+    spare_s = remaining_s - sum(other.least_s for other in later)
+    allowed_s = min(step.limit_s, max(spare_s, step.least_s), remaining_s)
+    return allowed_s if allowed_s >= step.least_s else 0.0
+
+
+def run_all(steps: Sequence[Step], report: dict[str, object], out: Path, total_s: float = TOTAL_S) -> list[Outcome]:
+    """Run the steps within the total; `report` with their outcomes is written to `out` after each."""
+    end = time.monotonic() + total_s
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        for i, step in enumerate(steps):
+            missing = [name for name in step.modules if importlib.util.find_spec(name) is None]
+            allowed_s = allowance(step, steps[i + 1 :], end - time.monotonic())
+            if missing:
+                outcome = Outcome(name=step.name, status="left out", seconds=0, output_tail=f"no {', '.join(missing)}")
+            elif allowed_s == 0:
+                outcome = Outcome(name=step.name, status="left out", seconds=0, output_tail="no time left")
+            else:
+                outcome = run_step(step, allowed_s, junit)
+            print(f"== {outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
+            outcomes.append(outcome)
+            report["steps"] = [asdict(done) for done in outcomes]
+            report["tests"] = test_results(junit)
+            report["rows"] = rows_beside(out)
+            write(report, out)
+    return outcomes
+
+
+def run_step(step: Step, allowed_s: float, junit: Path) -> Outcome:
+    """Run one step in a process group of its own, which is ended as a whole when the time is up."""
+    values = {"budget": f"{allowed_s * 2 / 3:.0f}", "junit": str(junit)}
+    command = [sys.executable, *(part.format(**values) for part in step.command)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *_python_path()])}
+    print(f"$ {' '.join(command)}   (at most {allowed_s:.0f} s)", flush=True)
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = -1, f"{error.stdout or ''}\nstopped after {timeout_s:.0f} s"
-    print(output, flush=True)
-    seconds = round(time.perf_counter() - start, 2)
-    return {"command": " ".join(command), "status": status, "seconds": seconds, "output_tail": output[-4000:]}
+        try:
+            status = "passed" if process.wait(allowed_s) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "stopped"
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        told = output.read()
+    print(told[-12000:], flush=True)
+    return Outcome(name=step.name, status=status, seconds=round(time.monotonic() - start, 1), output_tail=told[-6000:])
 
 
-def build() -> dict[str, object]:
-    """Compile csrc/ for this GPU's architecture with nvcc, warnings as errors, into the folder the loader looks in."""
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
-    LIBRARY_DIR.mkdir(parents=True, exist_ok=True)
-    command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-Werror=all-warnings", "-Xptxas=-v", "-shared"]
-    command += ["-Xcompiler=-fPIC,-fvisibility=hidden", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-o", str(LIBRARY_DIR / "libcosmos_cuda.so"), "csrc/adamw_ema_cuda.cu"]
-    return run(command)
+def _python_path() -> list[str]:
+    """What the caller put there: packages carried along, perhaps."""
+    return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+
+
+def test_results(junit: Path) -> dict[str, dict[str, int]]:
+    """Of each test module how many tests passed, failed and were skipped; empty before pytest has finished."""
+    found: dict[str, dict[str, int]] = {}
+    try:
+        cases = list(ET.parse(junit).iter("testcase"))
+    except (OSError, ET.ParseError):
+        return found
+    for case in cases:
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        module = re.sub(r"^tests\.kernels\.", "", case.get("classname", "")).split(".")[0]
+        counts = found.setdefault(module, {"passed": 0, "failed": 0, "skipped": 0})
+        counts[kind] += 1
+    return found
+
+
+def rows_beside(out: Path) -> list[object]:
+    """The rows of every benchmark in the folder."""
+    found: list[object] = []
+    for path in sorted(out.parent.glob("*.json")):
+        if path != out:
+            found += json.loads(path.read_text())
+    return found
+
+
+def write(report: dict[str, object], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = out.with_suffix(".new")
+    fresh.write_text(json.dumps(report, indent=1) + "\n")
+    fresh.replace(out)
 
 
 def versions() -> dict[str, object]:
     """What the figures depend on."""
+    import torch
+
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release ([\d.]+)", nvcc)
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    packages = ("triton", "numpy", "pytest", "matplotlib")
+    from importlib import metadata
+
     return {
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
@@ -62,31 +189,46 @@ def versions() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nvcc": release[1] if release else "unknown",
+        "commit": git.stdout.strip() or "unknown",
+        **{name: metadata.version(name) for name in packages if importlib.util.find_spec(name)},
     }
 
 
-def main() -> int:
-    """Build, test, measure; see the module's docstring."""
+def why_not_here() -> str | None:
+    try:
+        import torch
+    except ImportError:
+        return "torch is not installed"
     if not torch.cuda.is_available():
-        print("error: no usable CUDA device: gpu-check needs an NVIDIA GPU and a CUDA build of torch", file=sys.stderr)
-        return 2
+        return "no usable CUDA device: gpu-check needs an NVIDIA GPU and a CUDA build of torch"
     if shutil.which("nvcc") is None:
-        print("error: no nvcc on PATH: install the CUDA toolkit, or add its bin folder to PATH", file=sys.stderr)
+        return "no nvcc on PATH: install the CUDA toolkit, or add its bin folder to PATH"
+    return None
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="print the steps and their time")
+    parser.add_argument("--total-s", type=float, default=TOTAL_S, help="seconds for everything")
+    arguments = parser.parse_args()
+    steps = plan()
+    if arguments.dry_run:
+        for step in steps:
+            print(f"{step.name:16} {step.least_s:4.0f} to {step.limit_s:4.0f} s   python {' '.join(step.command)}")
+        print(f"{'at most':16} {arguments.total_s:12.0f} s; needs {sum(step.least_s for step in steps):.0f} s")
+        return 0
+    if reason := why_not_here():
+        print(f"error: {reason}", file=sys.stderr)
         return 2
-    report: dict[str, object] = {"versions": versions()}
-    print(json.dumps(report["versions"], indent=1), flush=True)
-    steps = [build()]
-    if steps[0]["status"] == 0:
-        steps.append(run([sys.executable, "-m", "pytest", "tests/kernels", "-q", "-rs"]))
-        steps += [run([sys.executable, "-m", *arguments]) for arguments in BENCHMARKS]
-    report["steps"] = steps
-    slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    found = versions()
+    print(json.dumps(found, indent=1), flush=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", str(found["device"]).lower()).strip("-")
     out = ROOT / "benchmarks" / "results" / slug / "gpu_check.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    failed = [step["command"] for step in steps if step["status"] != 0]
-    print(f"written to {out.relative_to(ROOT)}; failed: {failed or 'nothing'}")
-    return 1 if failed else 0
+    outcomes = run_all(steps, {"versions": found}, out, arguments.total_s)
+    wrong = {outcome.name: outcome.status for outcome in outcomes if outcome.status != "passed"}
+    print(f"written to {out.relative_to(ROOT)}; not passed: {wrong or 'nothing'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
