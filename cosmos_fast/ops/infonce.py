@@ -26,6 +26,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,10 +37,12 @@ from torch import Tensor
 
 from cosmos_fast.ops import infonce_ranks, infonce_tiled
 from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.infonce_checks import OP, check_arguments
 from cosmos_fast.ops.infonce_tiled import compute_dtype
-from cosmos_kernels import reference
+from cosmos_kernels import infonce_cuda, native, reference, triton_support
 
-OP = "multiview_infonce"
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_MAX_DIM = 8192  # the largest tested
 
 
 def multiview_infonce(
@@ -75,7 +79,7 @@ def multiview_infonce(
         ValueError: shapes, dtypes, devices or an offset that do not fit together, or a backend that cannot run.
     """
     parts = [a_VBD] if isinstance(a_VBD, Tensor) else list(a_VBD)
-    _check_arguments(parts, b_VBD, scale, offset, group)
+    check_arguments(parts, b_VBD, scale, offset, group)
     if backend == "eager":
         return _run_eager(parts, b_VBD, scale, offset, group)
     if b_VBD.shape[1] == parts[0].shape[1] and _rather_columns(parts, b_VBD):
@@ -230,45 +234,36 @@ def _run_eager(
         return torch.stack(losses).mean() / 2
 
 
-def _check_arguments(
-    parts: list[Tensor], b_VBD: Tensor, scale: Tensor, offset: int, group: dist.ProcessGroup | None
-) -> None:
-    labels = ["a_VBD"] if len(parts) == 1 else [f"a_VBD[{i}]" for i in range(len(parts))]
-    if not parts:
-        raise ValueError(f"{OP}: a_VBD is an empty sequence, expected at least one [views, batch, D] tensor")
-    for label, features in zip([*labels, "b_VBD"], [*parts, b_VBD], strict=True):
-        if features.dim() != 3 or 0 in features.shape:
-            raise ValueError(f"{OP}: {label} has shape {tuple(features.shape)}, expected non-empty [views, batch, D]")
-        if not features.is_floating_point():
-            raise ValueError(f"{OP}: {label} has dtype {features.dtype}, expected a floating-point dtype")
-    first = parts[0]
-    _, batch, dim = first.shape
-    for label, features in zip([*labels, "b_VBD"], [*parts, b_VBD], strict=True):
-        columns = features is b_VBD and group is None
-        if features.shape[2] != dim or features.shape[1] < batch or (features.shape[1] > batch and not columns):
-            wanted = f"{batch} or more" if columns else str(batch)
-            raise ValueError(
-                f"{OP}: {label} has shape {tuple(features.shape)}, expected [views, {wanted}, {dim}] "
-                f"to match {labels[0]}"
-            )
-        if features.dtype != first.dtype or features.device != first.device:
-            raise ValueError(
-                f"{OP}: {label} is {features.dtype} on {features.device}, expected {first.dtype} on {first.device} "
-                f"like {labels[0]}"
-            )
-    if scale.dim() != 0:
-        raise ValueError(f"{OP}: scale has shape {tuple(scale.shape)}, expected a scalar tensor")
-    if not scale.is_floating_point() or scale.device != first.device:
-        raise ValueError(f"{OP}: scale is {scale.dtype} on {scale.device}, expected a float on {first.device}")
-    most = b_VBD.shape[1] - batch
-    if not 0 <= offset <= most:
-        raise ValueError(
-            f"{OP}: offset is {offset}, expected 0 to {most}: b_VBD has {b_VBD.shape[1]} columns, "
-            f"{labels[0]} {batch} rows"
-        )
+def _why_not_triton(rows_VBD: Tensor, columns_VGD: Tensor) -> str | None:
+    if rows_VBD.dtype not in TRITON_DTYPES:
+        return f"features in {rows_VBD.dtype}, it takes float32, bfloat16 or float16"
+    if rows_VBD.shape[2] > TRITON_MAX_DIM:
+        return f"features of shape {tuple(rows_VBD.shape)}, it takes D up to {TRITON_MAX_DIM}"
+    return triton_support.why_not_on(rows_VBD, columns_VGD)
+
+
+def _why_not_cuda(rows_VBD: Tensor, columns_VGD: Tensor) -> str | None:
+    return infonce_cuda.why_unsupported(rows_VBD, columns_VGD) or _why_not_triton(rows_VBD, columns_VGD)
 
 
 register(
+    Backend(
+        OP,
+        "triton",
+        load=partial(import_module, "cosmos_kernels.infonce_triton"),
+        summary="one product for both directions; gradients by the library's products from the L2 cache",
+        why_unavailable=triton_support.why_missing,
+        why_unsupported=_why_not_triton,
+    ),
+    Backend(
+        OP,
+        "cuda",
+        infonce_cuda,
+        summary="Triton's forward, and a backward in CUDA C++ for fp16 and bf16 features",
+        why_unavailable=lambda: native.why_missing("cuda") or triton_support.why_missing(),
+        why_unsupported=_why_not_cuda,
+        automatic=False,  # until it has been measured against the other
+    ),
     Backend(OP, "tiled", infonce_tiled, "PyTorch, tile by tile; no logits stored"),
     Backend(OP, "eager", _run_eager, "the oracle: every pair by itself", automatic=False),
 )

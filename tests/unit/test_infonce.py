@@ -217,5 +217,5 @@ def test_an_offset_outside_the_columns_is_refused(offset, columns):
 
 def test_unknown_backend_is_refused():
     a = torch.randn(2, 4, 3)
-    with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, tiled, eager"):
+    with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, triton, cuda, tiled, eager"):
         multiview_infonce(a, a, torch.tensor(1.0), backend="fast")
