@@ -33,6 +33,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
+/* Ends the kernel with an error. */
+__device__ __forceinline__ void refuse() { __trap(); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -33,15 +33,8 @@ struct CosmosInfonceTensors {
 
 namespace cosmos {
 
-/* fp16 has no room below 6e-5 for small probabilities: g is kept times 2^14 (|g| <= 2), bf16 needs nothing. */
-template <Dtype kType>
-constexpr float kGradientUnit = kType == Dtype::kHalf ? 16384.0f : 1.0f;
-
-/* Differences of log2-sum-exps in a tile up to which one exponential serves both directions; see gradient_factors. */
-constexpr float kSharedRange = 60.0f;
-
-/* Rows and columns are cut into tiles of kRowTile and kColumnTile, view by view: no tile spans two views. A chunk is a
- * rectangle of tiles; g of a chunk is a matrix [row tiles * kRowTile, column tiles * kColumnTile], zero at ragged ends. */
+/* Rows and columns are cut into tiles of row_tile and column_tile, view by view: no tile spans two views. A chunk is a
+ * rectangle of tiles; g of a chunk is a matrix [row tiles * row_tile, column tiles * column_tile], zero at ragged ends. */
 struct InfoncePlan {
   CosmosInfonceShape shape;
   CosmosInfonceTensors tensors;
@@ -59,6 +52,20 @@ struct ViewTile {
 COSMOS_INLINE ViewTile view_tile(int tile, int tiles_a_view, int size) {
   return {tile / tiles_a_view, tile % tiles_a_view * size};
 }
+
+/* How the kernels of one architecture cut their work; see run_chunk_*. */
+struct InfonceTiles {
+  int row, column;      /* of the gradient of the logits */
+  int column_rows;      /* columns that a block of grad_columns covers */
+  int features;         /* features that a block of either gradient covers */
+  int blocks;           /* that run on a multiprocessor at once */
+};
+constexpr InfonceTiles kTilesSm80{128, 128, 128, 128, 2};
+constexpr InfonceTiles kTilesSm90{128, 256, 128, 256, 1};
+
+/* Both launches of one chunk; return a status. */
+int32_t run_chunk_sm80(const InfoncePlan& plan, Dtype dtype, void* stream);
+int32_t run_chunk_sm90(const InfoncePlan& plan, Dtype dtype, void* stream);
 
 COSMOS_INLINE int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 

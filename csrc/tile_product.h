@@ -1,14 +1,11 @@
 /* A 128 x 128 tile of a matrix product on sm_80 tensor cores: cp.async, four stages, ldmatrix, mma.sync, fp32 sums.
  *
- * 128 threads: four warps of 64 x 64 each. An operand lies in memory either with k contiguous ("along k") or with its
- * other axis contiguous ("across k"); both are read without a transposition in memory. What a step of 32 along k reads is
- * a Strip: rows of contiguous elements, of which the first `rows` and, in each, the first `width` exist; the rest of
- * the tile is zero.
+ * 128 threads: four warps of 64 x 64 each. Steps of 32 along k.
  */
 #ifndef COSMOS_TILE_PRODUCT_H
 #define COSMOS_TILE_PRODUCT_H
 
-#include "device.h"
+#include "strip.h"
 
 namespace cosmos {
 
@@ -18,13 +15,6 @@ constexpr int kStages = 4;
 constexpr int kTileThreads = 128;
 constexpr int kStripBytes = kTile * kStep * 2;
 constexpr int kProductBytes = kStages * 2 * kStripBytes; /* of shared memory: 64 KiB, two blocks on a multiprocessor */
-
-struct Strip {
-  const uint16_t* origin; /* aligned to 16 bytes, as is every row */
-  int rows, width;        /* valid; width a multiple of 8; zero or less: nothing is read */
-};
-
-enum class Layout { kAlongK, kAcrossK };
 
 /* Offset in bytes of 16-byte chunk `chunk` of row `row`: the chunks of eight rows that ldmatrix reads at once lie in
  * different banks. Rows are 64 bytes along k, 256 bytes across k. */

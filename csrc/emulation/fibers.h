@@ -53,7 +53,12 @@ struct Fiber {
   bool done = false;
   std::vector<Copy> open;                /* copies of the group not committed yet */
   std::vector<std::vector<Copy>> groups; /* committed, not complete, oldest first */
-  std::vector<std::function<void()>> products, waiting; /* not committed, and committed: see wgmma */
+};
+
+struct Warpgroup {
+  Rendezvous all;
+  std::vector<std::function<void()>> open;                /* products not committed yet */
+  std::vector<std::vector<std::function<void()>>> groups; /* committed, not complete, oldest first */
 };
 
 struct Block {
@@ -62,7 +67,9 @@ struct Block {
   Fiber* running = nullptr;
   ucontext_t scheduler;
   Rendezvous all;
-  std::vector<Rendezvous> warps, warpgroups;
+  std::vector<Rendezvous> warps;
+  std::vector<Warpgroup> warpgroups;
+  Rendezvous named[16];
   bool late = false;
   uint64_t progress = 0; /* grows with everything that may free a waiting thread */
   std::function<void()> body;
@@ -116,7 +123,7 @@ inline void run_block(unsigned index, unsigned grid, unsigned threads, const std
   own.warps.resize((threads + 31) / 32);
   for (Rendezvous& warp : own.warps) warp.expected = 32;
   own.warpgroups.resize((threads + 127) / 128);
-  for (Rendezvous& warpgroup : own.warpgroups) warpgroup.expected = 128;
+  for (Warpgroup& warpgroup : own.warpgroups) warpgroup.all.expected = 128;
   std::memset(shared, 0xff, sizeof(shared)); /* NaN in every format */
   for (unsigned i = 0; i < threads; ++i) {
     Fiber& fiber = own.fibers[i];

@@ -136,6 +136,8 @@ inline void __syncwarp() {
   emulation::meet(emulation::warp(), static_cast<int>(emulation::lane()), nullptr, [](void**) {});
 }
 
+[[noreturn]] inline void refuse() { emulation::fail("a kernel refused to run"); }
+
 inline unsigned char* shared_memory() { return emulation::shared; }
 
 template <Dtype kType>

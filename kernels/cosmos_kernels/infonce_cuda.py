@@ -3,10 +3,10 @@
 The backward writes dL/ds for a rectangle of rows and columns into a workspace of at most 32 MiB, which stays in the L2
 cache, and multiplies it from there by both sides: three matrix products, two where only the rows want a gradient. No
 matrix of the size of the logits reaches device memory. Tensor cores with fp16 or bf16 operands and fp32 sums;
-deterministic.
+deterministic. Two sets of kernels: mma.sync for compute capability 8.0 and later, and wgmma for 9.0 (`PATH`).
 
-Checked on a CPU in the emulation of csrc/emulation (every element of both gradients against fp64) and compiled for
-sm_80 and sm_90a without spills; not yet run on hardware.
+Both checked on a CPU in the emulation of csrc/emulation (every element of both gradients against fp64) and compiled
+without spills for sm_80 and sm_90a; not yet run on hardware.
 
 Axes: Va, Vb views, B rows, G columns, D embedding.
 """
@@ -43,10 +43,14 @@ class _Tensors(ctypes.Structure):
     )
 
 
+MMA_SYNC, WGMMA = 0, 1
+PATH = MMA_SYNC  # WGMMA: compute capability 9.0 alone; not the default before it has been measured on such a device
+
 _WORKSPACE_ARGUMENTS = (ctypes.POINTER(_Shape),)
 _BACKWARD_ARGUMENTS = (
     ctypes.POINTER(_Shape),
     ctypes.POINTER(_Tensors),
+    ctypes.c_int32,
     ctypes.c_int32,
     ctypes.c_void_p,
     ctypes.c_int64,
@@ -89,7 +93,7 @@ def feature_gradients(
         row_lse, col_lse: [Va, B, Vb] and [Va, Vb, G], fp32, natural logarithms.
         offset: the column that belongs to row 0; offset + B <= G.
         want_columns: whether the columns' gradient is wanted.
-        workspace_bytes: of device memory to work in (at least 32 KiB); the library's choice where None.
+        workspace_bytes: of device memory to work in (at least 64 KiB); the library's choice where None.
 
     Returns:
         fp32 [Va, B, D], and fp32 [Vb, G, D], empty where not wanted.
@@ -115,6 +119,7 @@ def feature_gradients(
         ctypes.byref(shape),
         ctypes.byref(tensors),
         DTYPES[rows_VBD.dtype],
+        PATH,
         workspace.data_ptr(),
         workspace.numel(),
     )

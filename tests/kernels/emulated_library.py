@@ -16,16 +16,19 @@ from torch import Tensor
 from cosmos_kernels import native
 
 CSRC = Path(__file__).parents[2] / "csrc"
-SOURCES = (
-    "library_cuda.cu",
-    "adamw_ema_cuda.cu",
-    "grad_norm_cuda.cu",
-    "infonce_backward_cuda.cu",
-    "pool_forward_cuda.cu",
-)
+SOURCES = sorted(path.name for path in CSRC.glob("*.cu"))
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 MARGIN = 4096  # bytes before and behind every allocation
-FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DCOSMOS_EMULATE", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-DCOSMOS_EMULATE",
+    "-fPIC",
+)
 
 
 def compile_emulated(folder: Path) -> None:

@@ -18,7 +18,7 @@ from tests.kernels.truth import assert_tensors_no_worse, error
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
-TILE_BYTES = 128 * 128 * 2
+TILE_BYTES = {infonce_cuda.MMA_SYNC: 128 * 128 * 2, infonce_cuda.WGMMA: 128 * 256 * 2}
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
 ERROR = {HALF: 1e-3, BFLOAT16: 8e-3}  # largest deviation over largest entry: a few roundings of g and of a feature
 
@@ -43,6 +43,14 @@ CASES = [
     Case(2, 64, 2, 130, 100, offset=66, scale=1.0, dtype=BFLOAT16),
     Case(1, 64, 1, 64, 512),
 ]
+
+
+@pytest.fixture(params=["mma.sync", "wgmma"])
+def path(request, monkeypatch):
+    if request.param == "wgmma":
+        monkeypatch.setattr(infonce_cuda, "PATH", infonce_cuda.WGMMA)
+        monkeypatch.setenv("COSMOS_EMULATION", "sm_90")
+    return request.param
 
 
 def features(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -80,13 +88,13 @@ def kernel(rows: Tensor, columns: Tensor, case: Case, *, want_columns: bool = Tr
         guarded(col_lse),
         case.offset,
         want_columns,
-        workspace_bytes=None if tiles is None else tiles * TILE_BYTES,
+        workspace_bytes=None if tiles is None else tiles * TILE_BYTES[infonce_cuda.PATH],
     )
     return {"rows": grad_rows, "columns": grad_columns}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients(case, monkeypatch):
+def test_gradients(case, path, monkeypatch):
     rows, columns = (guarded(side) for side in features(case))
     with guarded_allocations(monkeypatch):
         found = kernel(rows, columns, case)
@@ -101,9 +109,9 @@ def assert_close(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: torc
 
 
 @pytest.mark.parametrize("order", ["", "late", "reverse", "late,reverse"])
-def test_chunks_and_orders(order, monkeypatch):
-    """Two tiles of workspace for twelve tiles of logits; threads and copies in every order."""
-    monkeypatch.setenv("COSMOS_EMULATION", order)
+def test_chunks_and_orders(order, path, monkeypatch):
+    """Two tiles of workspace for twelve tiles of logits (eight of wgmma's); threads and copies in every order."""
+    monkeypatch.setenv("COSMOS_EMULATION", f"sm_90,{order}")
     case = Case(2, 130, 1, 300, 32, offset=100)
     rows, columns = features(case)
     found = kernel(rows, columns, case, tiles=2)
@@ -112,7 +120,7 @@ def test_chunks_and_orders(order, monkeypatch):
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
-def test_rows_only():
+def test_rows_only(path):
     case = Case(2, 64, 3, 64, 32)
     rows, columns = features(case)
     found = kernel(rows, columns, case, want_columns=False)
@@ -122,7 +130,7 @@ def test_rows_only():
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16])
-def test_log_sum_exps_far_apart_in_one_tile(dtype):
+def test_log_sum_exps_far_apart_in_one_tile(dtype, path):
     """No single exponential serves both directions: some rows are nearly zero, others equal their columns."""
     case = Case(1, 32, 1, 32, 32, scale=100.0, dtype=dtype)
     rows, columns = features(case)
@@ -162,7 +170,7 @@ def test_identical_features():
     assert max(found["rows"].abs().max(), found["columns"].abs().max()) < 2e-3
 
 
-def test_nan_stays_in_its_row_and_reaches_all_columns():
+def test_nan_stays_in_its_row_and_reaches_all_columns(path):
     case = Case(1, 40, 1, 40, 32)
     rows, columns = features(case)
     rows[0, 3, 5] = torch.nan
@@ -188,6 +196,14 @@ def test_bad_arguments_are_refused_in_words():
     beyond = torch.zeros(1, 20, 1), torch.zeros(1, 1, 30), 11, True
     with pytest.raises(RuntimeError, match="out of range"):
         infonce_cuda.feature_gradients(rows, columns, torch.tensor(1.0), *beyond)
+
+
+def test_wgmma_needs_its_device(monkeypatch):
+    monkeypatch.setattr(infonce_cuda, "PATH", infonce_cuda.WGMMA)
+    monkeypatch.delenv("COSMOS_EMULATION", raising=False)
+    case = Case(1, 2, 1, 2, 32)
+    with pytest.raises(RuntimeError, match="this device cannot run the path that was asked for"):
+        kernel(*features(case), case)
 
 
 def test_what_it_does_not_take():
