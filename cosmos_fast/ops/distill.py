@@ -14,6 +14,8 @@ Axes: Va, Vb views, B rows, G columns, D embedding.
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from cosmos_fast.ops import distill_tiled
 from cosmos_fast.ops.backends import Backend, register, resolve
-from cosmos_kernels import distill_state, reference
+from cosmos_kernels import distill_state, reference, triton_support
 
 NAME = "distillation_cross_entropy"
 
@@ -151,6 +153,13 @@ def _stages(backend: str, inputs: list[Tensor]) -> Any:
     return resolve(NAME, backend, *inputs).backend.stages
 
 
+def why_not_in_triton(*inputs: Tensor) -> str | None:
+    """None where the Triton kernels of distillation can take these tensors."""
+    if any(x.dtype == torch.float64 for x in inputs):
+        return "it takes fp32, bf16 and fp16, not fp64"
+    return triton_support.why_not_on(*inputs)
+
+
 def _run_eager(*inputs: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(inputs[0].dtype, inputs[2].dtype), torch.float32)
     with torch.autocast(inputs[0].device.type, enabled=False):
@@ -188,6 +197,14 @@ def _check_arguments(features: list[Tensor], student_scale: Tensor, teacher_scal
 
 
 register(
+    Backend(
+        NAME,
+        "triton",
+        load=partial(import_module, "cosmos_kernels.distill_triton"),
+        summary="one pass for rows and columns, gradients by library products; not yet run on hardware",
+        why_unavailable=triton_support.why_missing,
+        why_unsupported=why_not_in_triton,
+    ),
     Backend(NAME, "tiled", distill_tiled, "PyTorch, tile by tile; no logits stored"),
     Backend(NAME, "eager", _run_eager, "the oracle: every pair by itself", automatic=False),
 )

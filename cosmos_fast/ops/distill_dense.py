@@ -12,6 +12,8 @@ Axes: M rows, K classes.
 from __future__ import annotations
 
 import math
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from torch import Tensor
 
 from cosmos_fast.ops import distill_tiled
 from cosmos_fast.ops.backends import Backend, register, resolve
-from cosmos_kernels import distill_state, reference
+from cosmos_fast.ops.distill import why_not_in_triton
+from cosmos_kernels import distill_state, reference, triton_support
 
 NAME = "dense_distillation_cross_entropy"
 
@@ -142,6 +145,14 @@ def _check_arguments(student_MK: Tensor, teacher_MK: Tensor, temperatures: tuple
 
 
 register(
+    Backend(
+        NAME,
+        "triton",
+        load=partial(import_module, "cosmos_kernels.distill_dense_triton"),
+        summary="two reads of the logits and one write; not yet run on hardware",
+        why_unavailable=triton_support.why_missing,
+        why_unsupported=why_not_in_triton,
+    ),
     Backend(NAME, "tiled", distill_tiled, "PyTorch, a few rows at a time"),
     Backend(NAME, "eager", _run_eager, "the oracle", automatic=False),
 )
