@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops.adamw_ema_eager import adamw_ema_eager_, grad_norm_eager
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_kernels import adamw_ema_native, native, triton_support
 from cosmos_kernels.adamw_ema_call import AdamwEmaOptions, AdamwEmaTensors
 
@@ -23,7 +23,7 @@ MAX_LOG_SCALE = math.log(100.0)
 
 @torch.library.custom_op("cosmos_fast::grad_norm", mutates_args=())
 def norm(grads: Sequence[Tensor], backend: str) -> Tensor:
-    return resolve("grad_norm", backend, *grads).backend.stages(grads)
+    return stages_for("grad_norm", backend, *grads)(grads)
 
 
 @norm.register_fake
@@ -82,7 +82,7 @@ def step_(
         skip_nonfinite=skip_nonfinite,
     )
     state = (*params, *grads, *exp_avgs, *exp_avg_sqs, *ema_params)
-    resolve("adamw_ema", backend, *state).backend.stages(tensors, options)
+    stages_for("adamw_ema", backend, *state)(tensors, options)
 
 
 @step_.register_fake

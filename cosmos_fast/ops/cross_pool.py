@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from cosmos_fast.ops import cross_pool_products as products
 from cosmos_fast.ops import cross_pool_tiled
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_kernels import reference
 
 OP = "cross_attention_pool"
@@ -75,7 +77,7 @@ def cross_attention_pool(
         tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, bf16 or fp16.
         queries_BVD: [B, V, D] un-normalised features, one a view; fp64 with fp64 tokens, else any of the others.
         weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others.
-        backend: "auto", "tiled" (PyTorch) or "eager" (the oracle, which repeats keys and values for every
+        backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle, which repeats keys and values for every
             view).
 
     Returns:
@@ -108,9 +110,9 @@ def _pool(
     tokens: Tensor, queries: Tensor, parameters: Sequence[Tensor], heads: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, V, D], its norms before normalisation [B, V, 1], log-sum-exps of the scores [B, M]."""
-    chosen, _ = resolve(OP, backend, tokens, queries)
+    stages = stages_for(OP, backend, tokens, queries)
     with _own_dtypes(tokens):
-        return products.forward(tokens, queries, products.Parameters(*parameters), heads, chosen.stages.attend)
+        return products.forward(tokens, queries, products.Parameters(*parameters), heads, stages.attend)
 
 
 @_pool.register_fake
@@ -136,7 +138,7 @@ def _pool_backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of tokens, queries and the parameters in their order."""
-    chosen, _ = resolve(OP, backend, tokens, queries)
+    stages = stages_for(OP, backend, tokens, queries)
     with _own_dtypes(tokens):
         return products.backward(
             grad,
@@ -147,7 +149,7 @@ def _pool_backward(
             queries,
             products.Parameters(*parameters),
             heads,
-            chosen.stages.attend_backward,
+            stages.attend_backward,
         )
 
 
@@ -224,6 +226,23 @@ def _check_arguments(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeigh
 
 
 register(
+    Backend(
+        OP,
+        "triton",
+        load=partial(import_module, "cosmos_kernels.pool_triton"),
+        summary="bf16 and fp16 tokens, at most 256 a sample; LayerNorm applied to the scores",
+        why_unavailable=triton_support.why_missing,
+        why_unsupported=pool_parts.why_unsupported,
+    ),
+    Backend(
+        OP,
+        "cuda",
+        pool_cuda,
+        summary="a forward in CUDA C++ for fp16 and bf16 tokens, and Triton's backward",
+        why_unavailable=lambda: native.why_missing("cuda") or triton_support.why_missing(),
+        why_unsupported=pool_cuda.why_unsupported,
+        automatic=False,  # until it has been measured against the other
+    ),
     Backend(OP, "tiled", cross_pool_tiled, "PyTorch, a tile of samples at a time; keys and values never formed"),
     Backend(OP, "eager", _run_eager, "the oracle: K and V once per view", automatic=False),
 )

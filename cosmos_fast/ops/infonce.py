@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_fast.ops import infonce_ranks, infonce_tiled
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_fast.ops.infonce_checks import OP, check_arguments
 from cosmos_fast.ops.infonce_tiled import compute_dtype
 from cosmos_kernels import infonce_cuda, native, reference, triton_support
@@ -103,7 +103,7 @@ def _rather_columns(parts: list[Tensor], b_VBD: Tensor) -> bool:
 def _log_sum_exps(
     rows: Tensor, columns: Tensor, scale: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return resolve(OP, backend, rows, columns).backend.stages.log_sum_exps(rows, columns, scale, offset)
+    return stages_for(OP, backend, rows, columns).log_sum_exps(rows, columns, scale, offset)
 
 
 @_log_sum_exps.register_fake
@@ -125,7 +125,7 @@ def _feature_gradients(
     want_columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    run = resolve(OP, backend, rows, columns).backend.stages.feature_gradients
+    run = stages_for(OP, backend, rows, columns).feature_gradients
     return run(rows, columns, scale, row_lse, col_lse, offset, want_columns)
 
 
