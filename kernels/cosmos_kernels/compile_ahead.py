@@ -146,26 +146,26 @@ def _resources(code: Code, *, module: str, case: str, arch: int, shared_bytes: i
 
 
 def main() -> int:
-    """Print one JSON row a compiled kernel; exit status 1 if one does not compile, 2 if Triton cannot compile here."""
+    """Print one JSON row a kernel, with an "error" where it does not compile; exit status 2 under the interpreter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="Triton modules whose name contains this; csrc/ is left out then")
     only = parser.parse_args().only
     if triton_support.INTERPRETED:
         print("error: TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it", file=sys.stderr)
         return 2
-    failed = 0
     for module, case in cases(only):
         for arch in case.archs:
             try:
                 print(json.dumps(asdict(compile_case(module, case, arch))), flush=True)
             except RuntimeError as error:
-                failed += 1
                 print(f"error: {error}", file=sys.stderr)
+                row = {"module": module, "case": case.name, "arch": arch, "error": str(error).splitlines()[0]}
+                print(json.dumps(row), flush=True)
     library = native.LIBRARY_DIR / native.LIBRARIES["cuda"]
     if not only and library.exists():
         for row in library_resources(library):
             print(json.dumps(asdict(row)), flush=True)
-    return 1 if failed else 0
+    return 0
 
 
 if __name__ == "__main__":

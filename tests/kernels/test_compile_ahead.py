@@ -112,6 +112,21 @@ def test_what_stays_or_gets_better_is_no_complaint():
     assert resources.complaints([{**spilling, "stack_bytes": 200}], [spilling]) == []
 
 
+def test_a_kernel_that_stops_compiling_is_a_complaint_until_the_table_says_so():
+    broken = {"module": "toy_triton", "case": "forward", "arch": 90, "error": "PassManager::run failed"}
+    assert resources.complaints([broken], [ROW]) == [
+        "toy_triton: forward on sm_90: does not compile: PassManager::run failed"
+    ]
+    assert resources.complaints([broken], [broken]) == resources.complaints([ROW], [broken]) == []
+    assert "**does not compile**" in resources.render({"triton 3.6": [broken]})
+
+
+def test_the_newest_triton_of_the_table_compiles_everything():
+    parts = {name: rows for name, rows in resources.load().items() if name.startswith("triton")}
+    newest = max(parts, key=lambda name: [int(number) for number in name.split()[1].split(".")], default="")
+    assert [resources.key(row) for row in parts.get(newest, []) if "error" in row] == []
+
+
 def test_the_table_is_written_a_row_a_line_and_rendered(tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "TABLE", tmp_path / "table.json")
     monkeypatch.setattr(resources, "PAGE", tmp_path / "page.md")
