@@ -9,6 +9,9 @@ and p are their softmaxes over the columns j (r) and over the rows i (c):
 Forward keeps five numbers a row and a column (`cosmos_kernels.distill_state`); backward recomputes the logits. The
 teacher gets no gradient. This is the objective of OpenCLIP's distillation; it is an option, not part of COSMOS.
 
+Stages of a backend: `statistics(student_a, student_b, teacher_a, teacher_b, student_scale, teacher_scale)` and
+`feature_gradients(those six, row_states, column_states, row_weight, column_weight, want_a, want_b)`.
+
 Axes: Va, Vb views, B rows, G columns, D embedding.
 """
 

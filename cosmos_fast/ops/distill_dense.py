@@ -6,6 +6,9 @@
 Forward reads both matrices once (online softmax) and keeps five numbers a row (`cosmos_kernels.distill_state`);
 backward reads them once more and writes the gradient. Nothing else of size M x K exists. The teacher gets no gradient.
 
+Stages of a backend: `dense_statistics(student, teacher, student_temperature, teacher_temperature)` and
+`dense_gradient(student, teacher, row_states, weight, student_temperature, teacher_temperature)`.
+
 Axes: M rows, K classes.
 """
 
