@@ -14,8 +14,9 @@ from cosmos_kernels.adamw_ema_call import AdamwEmaOptions, AdamwEmaTensors
 
 def grad_norm_eager(grads: Sequence[Tensor]) -> Tensor:
     """L2 norm over all elements of all tensors, 0-dim fp32."""
-    norms = torch._foreach_norm(list(grads), 2.0, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))
+    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    norms = torch._foreach_norm(list(grads), 2.0, dtype=wide)
+    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms])).float()
 
 
 def adamw_ema_eager_(t: AdamwEmaTensors, o: AdamwEmaOptions) -> None:
