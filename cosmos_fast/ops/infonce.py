@@ -262,7 +262,6 @@ register(
         summary="Triton's forward, and a backward in CUDA C++ for fp16 and bf16 features",
         why_unavailable=lambda: native.why_missing("cuda") or triton_support.why_missing(),
         why_unsupported=_why_not_cuda,
-        automatic=False,  # until it has been measured against the other
     ),
     Backend(OP, "tiled", infonce_tiled, "PyTorch, tile by tile; no logits stored"),
     Backend(OP, "eager", _run_eager, "the oracle: every pair by itself", automatic=False),

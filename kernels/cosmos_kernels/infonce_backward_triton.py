@@ -7,6 +7,7 @@ See `infonce_triton.py` for the symbols, what is kept in which precision, and wh
 Axes: Va, Vb views, B rows, G columns, D embedding; in kernels i counts rows, j columns.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch

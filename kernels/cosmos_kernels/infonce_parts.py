@@ -3,6 +3,7 @@
 Axes: V views, B rows, G columns, D embedding; in kernels i counts rows, j columns.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ def ahead_case(name: str, kernel: Any, dtype: torch.dtype, **constants: object) 
     """What a launch on features of D = 512 and a batch that fills the tiles compiles."""
     tile = tile_for(dtype)
     constants |= launch_constants(tile, torch.empty(0, 0, 512, dtype=dtype))
-    settings = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    del constants["num_warps"], constants["num_stages"]  # settings of the launch, not arguments of the kernel
     short = "fp32" if dtype == torch.float32 else "fp16"
     features = ("x_ptr", "y_ptr", "g_ptr")
     names = [name for name in kernel.arg_names if name not in constants]
@@ -126,5 +127,6 @@ def ahead_case(name: str, kernel: Any, dtype: torch.dtype, **constants: object) 
         constexprs=constants,
         divisible_by_16=tuple(name for name in names if name in ("B", "G", "pitch", "rows", "columns", "offset", "D"))
         + tuple(name for name in names if name.startswith("stride_")),
-        **settings,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )

@@ -21,6 +21,7 @@ Checked in Triton's interpreter and compiled for sm_80/sm_90/sm_100; not yet run
 Axes: Va, Vb views, B rows, G columns, D embedding; in kernels i counts rows, j columns.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
