@@ -71,8 +71,8 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def _without_arguments(signature: str) -> str:
-    """`void (anonymous namespace)::kernel<(int)2, true>(float*)` -> `kernel<2, true>`."""
-    name = re.sub(r"\(anonymous namespace\)::|^void |\((?:int|bool|unsigned int|long)\)", "", signature)
+    """`void (anonymous namespace)::kernel<(Dtype)2, true>(float*)` -> `kernel<2, true>`: casts of constants go too."""
+    name = re.sub(r"\(anonymous namespace\)::|^void |\([\w: ]+\)(?=-?\d)", "", signature)
     depth = 0
     for i, letter in enumerate(name):
         depth += {"<": 1, ">": -1}.get(letter, 0)

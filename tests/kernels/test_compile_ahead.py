@@ -144,7 +144,7 @@ def test_the_table_is_written_a_row_a_line_and_rendered(tmp_path, monkeypatch):
     ("signature", "name"),
     [
         ("void (anonymous namespace)::step<true>(Table, float const*)", "step<true>"),
-        ("void cosmos::pool<(int)64, (bool)1>(float*)", "cosmos::pool<64, 1>"),
+        ("void cosmos::pool<(cosmos::Dtype)64, (bool)1>(float*)", "cosmos::pool<64, 1>"),
         ("plain", "plain"),
     ],
 )
