@@ -32,7 +32,7 @@ from torch import Tensor
 from cosmos_fast.ops import cross_pool_products as products
 from cosmos_fast.ops import cross_pool_tiled
 from cosmos_fast.ops.backends import Backend, register, stages_for
-from cosmos_kernels import reference
+from cosmos_kernels import native, pool_cuda, pool_parts, reference, triton_support
 
 OP = "cross_attention_pool"
 
@@ -77,8 +77,8 @@ def cross_attention_pool(
         tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, bf16 or fp16.
         queries_BVD: [B, V, D] un-normalised features, one a view; fp64 with fp64 tokens, else any of the others.
         weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others.
-        backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle, which repeats keys and values for every
-            view).
+        backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle, which repeats keys and values for
+            every view).
 
     Returns:
         [B, V, D] cross-modal features, L2-normalised, fp32 (fp64 for fp64 input).

@@ -153,16 +153,7 @@ def backward(
             torch.bmm(grad_values_HNd.mT, attended_HND).flatten(0, 1),
         ]
     ).to(wide(dtype))
-    grad_queries_ND = torch.ops.aten.native_layer_norm_backward(
-        grad_normed_ND.to(wide(dtype)),
-        queries_BVD.to(wide(dtype)).reshape(-1, dim),
-        (dim,),
-        absorbed.mean_N1,
-        absorbed.rstd_N1,
-        None,
-        None,
-        [True, False, False],
-    )[0]
+    grad_queries_BVD = _through_layer_norm(grad_normed_ND, queries_BVD, absorbed).add_(grad_sums_BVD)
     gradients = _parameter_gradients(
         folded,
         heads,
@@ -172,9 +163,8 @@ def backward(
         grad_out_DD=torch.mm(grad_pooled_ND.T, _values(attended_BMD, folded, heads)),
         grad_out_bias_D=grad_sums_BVD.sum((0, 1)),
     )
-    grad_queries_BVD = (grad_queries_ND.view(queries_BVD.shape) + grad_sums_BVD).to(queries_BVD.dtype)
     matched = (grad.to(parameter.dtype) for grad, parameter in zip(gradients, parameters, strict=True))
-    return [grad_tokens_BLD, grad_queries_BVD, *matched]
+    return [grad_tokens_BLD, grad_queries_BVD.to(queries_BVD.dtype), *matched]
 
 
 def _parameter_gradients(
@@ -206,6 +196,22 @@ def _parameter_gradients(
         out_proj_weight=grad_out_DD,
         out_proj_bias=grad_out_bias_D,
     )
+
+
+def _through_layer_norm(grad_normed_ND: Tensor, queries_BVD: Tensor, absorbed: Absorbed) -> Tensor:
+    """Gradient of the queries [B, V, D] from that of LN0(q), in fp32 or wider."""
+    dtype = wide(grad_normed_ND.dtype)
+    gradient_ND = torch.ops.aten.native_layer_norm_backward(
+        grad_normed_ND.to(dtype),
+        queries_BVD.to(dtype).reshape(grad_normed_ND.shape),
+        grad_normed_ND.shape[1:],
+        absorbed.mean_N1,
+        absorbed.rstd_N1,
+        None,
+        None,
+        [True, False, False],
+    )[0]
+    return gradient_ND.view(queries_BVD.shape)
 
 
 def _through_norm(grad_BVD: Tensor, output_BVD: Tensor, norms_BV1: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
-TILE_BYTES = {"cpu": 2**20, "cuda": 2**26}  # normalised tokens held at a time: what stays in a core's cache, or in HBM
+TILE_BYTES = {"cpu": 2**21, "cuda": 2**26}  # normalised tokens held at a time: what stays in a core's cache, or in HBM
 
 
 def attend(tokens_BLD: Tensor, queries_BMD: Tensor) -> tuple[Tensor, Tensor]:
