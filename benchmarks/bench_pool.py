@@ -1,12 +1,14 @@
 """Cross-attention pooling, forward and backward: absorbed keys and values against keys and values per view.
 
-Two baselines: the original's way (tokens repeated once per view, projected each time), and keys and values formed once
-a sample. Axes: B batch, V views, L tokens, D embedding, H heads.
+Baselines: the original's way (tokens repeated once per view, projected each time), and keys and values formed once a
+sample. On a CPU: time, peak memory, bytes saved for backward. On a GPU, with bf16 tokens and CUDA graphs: forward and
+backward apart. Axes: B batch, V views, L tokens, D embedding, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,17 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows, sweeps
+from benchmarks import graphs, rows, sweeps
 from benchmarks.eager_cosmos import CrossAttentionPool as EagerPool
-from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
+from benchmarks.harness import MIN_REPEATS, assert_agree, interleave, matmul_flops_per_s
+from benchmarks.memory import MIB, peak_mib
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.model.cross_pool import CrossAttentionPool
+from cosmos_fast.ops import cross_attention_pool
 
 VIEWS = GLOBAL_VIEWS + LOCAL_VIEWS
 HEADS = 8
+LENGTHS = (77, 196)
+BATCH = {"cpu": 32, "cuda": 256}
 Pool = TypeVar("Pool", EagerPool, CrossAttentionPool)
-REPEATED_BAR, SHARED_BAR = 0.08, 0.6
+REPEATED_BAR, SHARED_BAR, SAVED_BAR = 0.08, 0.6, 0.1
+GPU_REPEATED_BAR, GPU_SHARED_BAR = 1 / 15, 1 / 1.5
+FORWARD_BARS_US, BACKWARD_BARS_US = {77: 45.0, 196: 60.0}, {77: 100.0, 196: 140.0}
 
 
 class Inputs(NamedTuple):
@@ -36,10 +44,30 @@ class Inputs(NamedTuple):
     queries: Tensor
 
 
+class Setting(NamedTuple):
+    """What one run measures. row: makes a result row of this setting."""
+
+    batch: int
+    dim: int
+    device: str
+    backend: str
+    repeats: int
+
+    def row(self, length: int, metric: str, value: float, unit: str, **more: object) -> Row:
+        shapes = {"batch": self.batch, "views": VIEWS, "tokens": length, "embed_dim": self.dim, "heads": HEADS}
+        shapes["backend"] = self.backend  # type: ignore[assignment]
+        device = rows.device_name(self.device)
+        return Row(
+            name="pool", device=device, shapes=dict(shapes), metric=f"{metric}/{length}", value=value, unit=unit, **more
+        )  # type: ignore[arg-type]
+
+
 def make_inputs(batch: int, length: int, dim: int, device: str, seed: int, dtype: torch.dtype) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     shapes = (batch, length, dim), (batch, VIEWS, dim)
-    tokens, queries = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
+    # Tokens come from bf16 products on a GPU; drawn so for every dtype, that the truth is of the same tokens.
+    drawn = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    tokens, queries = (x.to(device, dtype).requires_grad_() for x in drawn)
     return Inputs(tokens, queries)
 
 
@@ -67,8 +95,8 @@ def pool_shared(pool: EagerPool, inputs: Inputs) -> Tensor:
     return F.normalize(inputs.queries + pooled, dim=-1)
 
 
-def pool_absorbed(pool: CrossAttentionPool, inputs: Inputs) -> Tensor:
-    return pool(inputs.tokens, inputs.queries)
+def pool_product(pool: CrossAttentionPool, inputs: Inputs, backend: str) -> Tensor:
+    return cross_attention_pool(inputs.tokens, inputs.queries, pool.weights, backend=backend)
 
 
 def forward_backward(call: partial[Tensor], inputs: Inputs) -> Tensor:
@@ -78,12 +106,15 @@ def forward_backward(call: partial[Tensor], inputs: Inputs) -> Tensor:
     return output.detach()
 
 
-def check(batch: int, length: int, dim: int, device: str) -> None:
+def check(length: int, setting: Setting) -> None:
     """Output and gradients of inputs and weights against the original's way in fp64."""
+    batch, dim, device, backend, _ = setting
+    batch = min(batch, 32)
     eager, product = make_pools(dim, device)
-    ours = outcome(product, pool_absorbed, make_inputs(batch, length, dim, device, 0, torch.float32))
+    dtype, rtol = (torch.bfloat16, 2e-2) if device == "cuda" else (torch.float32, 1e-4)
+    ours = outcome(product, partial(pool_product, backend=backend), make_inputs(batch, length, dim, device, 0, dtype))
     truth = outcome(eager.double(), pool_repeated, make_inputs(batch, length, dim, device, 0, torch.float64))
-    assert_agree(ours, truth, rtol=1e-4)
+    assert_agree(ours, truth, rtol=rtol)
 
 
 def outcome(pool: Pool, call: Callable[[Pool, Inputs], Tensor], inputs: Inputs) -> dict[str, Tensor]:
@@ -93,11 +124,9 @@ def outcome(pool: Pool, call: Callable[[Pool, Inputs], Tensor], inputs: Inputs) 
     return {"output": output, **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 
 
-def measure(batch: int, length: int, dim: int, device: str, repeats: int) -> list[Row]:
+def measure_time(length: int, setting: Setting) -> Iterator[Row]:
+    batch, dim, device, backend, repeats = setting
     eager, product = make_pools(dim, device)
-    candidate = partial(forward_backward, partial(pool_absorbed, product))
-    shapes: dict[str, object] = {"batch": batch, "views": VIEWS, "tokens": length, "embed_dim": dim, "heads": HEADS}
-    found = []
     baselines = (
         ("keys and values repeated per view", pool_repeated, REPEATED_BAR),
         ("keys and values once a sample", pool_shared, SHARED_BAR),
@@ -105,39 +134,131 @@ def measure(batch: int, length: int, dim: int, device: str, repeats: int) -> lis
     for name, call, bar in baselines:
         timing = interleave(
             partial(forward_backward, partial(call, eager)),
-            candidate,
+            partial(forward_backward, partial(pool_product, product, backend=backend)),
             lambda seed: make_inputs(batch, length, dim, device, seed, torch.float32),
-            check=partial(check, batch, length, dim, device),
+            check=partial(check, length, setting),
             device=device,
             repeats=repeats,
         )
-        found.append(
-            Row(
-                name="pool",
-                device=rows.device_name(device),
-                shapes=shapes,
-                metric=f"forward_backward_ms/{length}",
-                value=timing.candidate_median_ms,
-                unit="ms",
-                baseline=name,
-                ratio=timing.ratio,
-                bar=bar,
-            )
+        more = {"baseline": name, "ratio": timing.ratio, "bar": bar}
+        yield setting.row(length, "forward_backward_ms", timing.candidate_median_ms, "ms", **more)
+
+
+def run_side(side: str, batch: int, length: int, dim: int, device: str, backend: str) -> None:
+    eager, product = make_pools(dim, device)
+    call = partial(pool_repeated, eager) if side == "eager" else partial(pool_product, product, backend=backend)
+    forward_backward(call, make_inputs(batch, length, dim, device, 0, torch.float32))
+
+
+def measure_memory(length: int, setting: Setting) -> Iterator[Row]:
+    """Peak, and what autograd keeps from forward to backward (parameters, which live anyway, apart)."""
+    batch, dim, device, backend, _ = setting
+    eager_peak, peak = (
+        peak_mib(
+            partial(run_side, side, batch, length, dim, device, backend),
+            device=device,
+            settle=partial(run_side, side, 1, length, dim, device, backend),
         )
-    return found
+        for side in ("eager", "product")
+    )
+    eager, product = make_pools(dim, device)
+    inputs = make_inputs(batch, length, dim, device, 0, torch.float32)
+    eager_kept = saved_bytes(eager, partial(pool_repeated, eager), inputs) / MIB
+    kept = saved_bytes(product, partial(pool_product, product, backend=backend), inputs) / MIB
+    repeated = "keys and values repeated per view"
+    yield setting.row(length, "eager_peak_mib", eager_peak, "MiB")
+    yield setting.row(length, "peak_mib", peak, "MiB", baseline=repeated, ratio=peak / eager_peak)
+    yield setting.row(length, "eager_saved_mib", eager_kept, "MiB")
+    yield setting.row(length, "saved_mib", kept, "MiB", baseline=repeated, ratio=kept / eager_kept, bar=SAVED_BAR)
+
+
+def saved_bytes(pool: torch.nn.Module, call: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
+    """Storage that autograd keeps, inputs included, parameters not."""
+    known = {parameter.untyped_storage().data_ptr() for parameter in pool.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = call(inputs)  # alive until all is counted: no storage is used twice
+    del output
+    return sum(kept.values())
+
+
+def measure_graphs(length: int, setting: Setting) -> Iterator[Row]:
+    """Forward and backward on a GPU, bf16 tokens, under autocast for the baselines."""
+    batch, dim, device, backend, repeats = setting
+    check(length, setting)
+    eager, product = make_pools(dim, device)
+    static = make_inputs(batch, length, dim, device, 0, torch.bfloat16)
+
+    def refresh(seed: int) -> None:
+        with torch.no_grad():
+            for old, new in zip(static, make_inputs(batch, length, dim, device, seed, torch.bfloat16), strict=True):
+                old.copy_(new)
+
+    def under_autocast(call: Callable[[EagerPool, Inputs], Tensor]) -> Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+            return call(eager, static)
+
+    ours = graphs.capture(partial(pool_product, product, static, backend), (*static, *product.parameters()))
+    assert ours.backward is not None
+    sides = {"ours": ours.forward, "backward": ours.backward}
+    sides["repeated"] = graphs.capture(partial(under_autocast, pool_repeated)).forward
+    try:
+        sides["compiled"] = graphs.capture(partial(under_autocast, torch.compile(pool_shared))).forward
+    except Exception as error:  # a compiler that is missing or broken raises anything
+        click.echo(f"left out: keys and values once a sample, compiled: {type(error).__name__}: {error}")
+    times = graphs.interleave_us(sides, refresh, repeats)
+    rate = matmul_flops_per_s(device, torch.bfloat16)
+    for name, flops, bars in zip(
+        ("ours", "backward"), flops_a_sample(length, dim), (FORWARD_BARS_US, BACKWARD_BARS_US), strict=True
+    ):
+        value, bar = statistics.median(times[name]), bars.get(length)
+        more = {"floor_pct": 100 * 1e6 * batch * flops / rate / value}
+        if bar is not None and (batch, dim) == (BATCH["cuda"], 512):
+            more |= {"baseline": f"{bar:g} us", "ratio": value / bar, "bar": 1.0}  # type: ignore[dict-item]
+        yield setting.row(length, "forward_us" if name == "ours" else "backward_us", value, "us", **more)
+    for key, baseline, bar in (
+        ("repeated", "keys and values repeated per view", GPU_REPEATED_BAR),
+        ("compiled", "keys and values once a sample, compiled", GPU_SHARED_BAR),
+    ):
+        if key in times:
+            more = {"baseline": baseline, "ratio": graphs.median_ratio(times["ours"], times[key]), "bar": bar}  # type: ignore[dict-item]
+            yield setting.row(length, "forward_us", statistics.median(times["ours"]), "us", **more)
+
+
+def flops_a_sample(length: int, dim: int) -> tuple[float, float]:
+    """Operations of forward and backward: four projections of the queries, two products with the tokens; backward
+    has two for each of them, and the scores again."""
+    projections, tokens = 8.0 * VIEWS * dim**2, 2.0 * VIEWS * HEADS * length * dim
+    return projections + 2 * tokens, 2 * projections + 5 * tokens
 
 
 @click.command(name="pool", help=__doc__, context_settings={"show_default": True})
-@click.option("--batch", type=click.IntRange(1), default=32, help="Samples.")
-@click.option("--length", "lengths", type=click.IntRange(1), multiple=True, default=(77, 196), help="Tokens a sample.")
+@click.option("--batch", type=click.IntRange(1), help="Samples; default: 32 on a CPU, 256 on a GPU.")
+@click.option("--length", "lengths", type=click.IntRange(1), multiple=True, default=LENGTHS, help="Tokens a sample.")
 @click.option("--dim", type=click.IntRange(8), default=512, help="Channels; a multiple of 8.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@click.option("--backend", default="auto", help="Backend of cross_attention_pool.")
 @click.option("--repeats", type=click.IntRange(MIN_REPEATS), default=MIN_REPEATS, help="Timed repetitions.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
-def command(batch: int, lengths: tuple[int, ...], dim: int, device: str, repeats: int, out: Path | None) -> None:
-    found = [row for length in lengths for row in measure(batch, length, dim, device, repeats)]
+def command(
+    batch: int | None, lengths: tuple[int, ...], dim: int, device: str, backend: str, repeats: int, out: Path | None
+) -> None:
+    setting = Setting(batch or BATCH[device], dim, device, backend, repeats)
+    parts = (measure_graphs,) if device == "cuda" else (measure_time, measure_memory)
+    found: list[Row] = []
+    for part in parts:
+        for length in lengths:
+            found += part(length, setting)
+            path = rows.write(found, out)  # after each part: a run that is stopped leaves what it has
     rows.show(found)
-    click.echo(f"wrote {rows.write(found, out)}")
+    click.echo(f"wrote {path}")
 
 
 sweeps.offer(command, "pool")
