@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cosmos_kernels import distill_state
-from cosmos_kernels.distill_state import STUDENT_PEAK, STUDENT_SUM, TEACHER_PEAK, TEACHER_SUM
+from cosmos_kernels.distill_state import TEACHER_PEAK
 
 TILE_ELEMENTS = 1 << 19  # logits held at a time: 2 MiB in fp32
 SAFE_EXPONENT_RANGE = 80.0  # exp(-80) is still a normal fp32 number
@@ -117,12 +117,19 @@ def feature_gradients(
 def dense_statistics(
     student_MK: Tensor, teacher_MK: Tensor, student_temperature: float, teacher_temperature: float
 ) -> Tensor:
-    """States (see `distill_state`) of the rows of the logits over their temperatures: [5, M]."""
+    """States (see `distill_state`) of the rows of the logits over their temperatures: [5, M].
+
+    PyTorch's softmaxes read a chunk fewer times than the sums of a state taken one by one; the state follows from them.
+    """
     dtype = _dense_dtype(student_MK, teacher_MK)
-    states = [
-        distill_state.of_logits(student.to(dtype) / student_temperature, teacher.to(dtype) / teacher_temperature, 1)
-        for student, teacher in _row_chunks(student_MK, teacher_MK)
-    ]
+    states = []
+    for student, teacher in _row_chunks(student_MK, teacher_MK):
+        student, teacher = student.to(dtype) / student_temperature, teacher.to(dtype) / teacher_temperature
+        peaks = student.amax(1), teacher.amax(1)
+        log_odds, targets = student.log_softmax(1), teacher.softmax(1)
+        log_sum, teacher_sum = -log_odds.amax(1), 1 / targets.amax(1)
+        expected = teacher_sum * (targets.mul_(log_odds).sum(1) + log_sum)
+        states.append(torch.stack((peaks[0], log_sum.exp(), peaks[1], teacher_sum, expected)))
     return torch.cat(states, dim=1)
 
 
@@ -134,16 +141,17 @@ def dense_gradient(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor:
-    """weight (softmax(student) - softmax(teacher)) of the logits over their temperatures: [M, K], student's dtype."""
+    """weight (softmax(student) - softmax(teacher)) of the logits over their temperatures: [M, K], student's dtype.
+
+    The states are not needed: PyTorch's softmax of a chunk costs no more than exponentials with known sums.
+    """
     grad_MK = torch.empty_like(student_MK, memory_format=torch.contiguous_format)
     start = 0
     for student, teacher in _row_chunks(student_MK, teacher_MK):
         rows = slice(start, start := start + student.shape[0])
-        state = row_states[:, rows].unsqueeze(2)
-        grad = (student.to(state.dtype) / student_temperature).sub_(state[STUDENT_PEAK]).exp_()
-        grad.mul_(weight / state[STUDENT_SUM])
-        targets = (teacher.to(state.dtype) / teacher_temperature).sub_(state[TEACHER_PEAK]).exp_()
-        grad_MK[rows] = grad.addcmul_(targets, weight / state[TEACHER_SUM], value=-1)
+        grad = (student.to(row_states.dtype) / student_temperature).softmax(1)
+        grad -= (teacher.to(row_states.dtype) / teacher_temperature).softmax(1)
+        grad_MK[rows] = grad.mul_(weight)
     return grad_MK
 
 
@@ -180,7 +188,7 @@ def _tile_states(student: Tensor, teacher: Tensor, bounds: tuple[float, float]) 
     if student_shift is None or teacher_shift is None:
         return distill_state.of_logits(student, teacher, 1), distill_state.of_logits(student, teacher, 0)
     # One exponential a logit serves both directions.
-    student_weights, teacher_weights = student.sub_(student_shift).exp(), teacher.sub_(teacher_shift).exp_()
+    student_weights, teacher_weights = _minus(student, student_shift).exp(), _minus(teacher, teacher_shift).exp_()
     expected = student.mul_(teacher_weights)
     states = []
     for dim in (1, 0):
@@ -204,7 +212,12 @@ def _softmaxes(logits: Tensor, rows: Tensor, columns: Tensor, weights: tuple[flo
         return over_columns.addcmul_(logits.sub_(column_peak).exp_(), weights[1] / column_sum)
     factors = (shift - row_peak).exp_().mul_(weights[0]) / row_sum
     factors = factors + (shift - column_peak).exp_().mul_(weights[1]) / column_sum
-    return logits.sub_(shift).exp_().mul_(factors)
+    return _minus(logits, shift).exp_().mul_(factors)
+
+
+def _minus(logits: Tensor, shift: float) -> Tensor:
+    """In place; a pass over memory less where there is nothing to subtract."""
+    return logits.sub_(shift) if shift else logits
 
 
 def _shared_shift(logits: Tensor, bound: float) -> float | None:
