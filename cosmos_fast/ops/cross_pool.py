@@ -238,8 +238,8 @@ register(
         OP,
         "cuda",
         pool_cuda,
-        summary="a forward in CUDA C++ for fp16 and bf16 tokens, and Triton's backward",
-        why_unavailable=lambda: native.why_missing("cuda") or triton_support.why_missing(),
+        summary="CUDA C++ for fp16 and bf16 tokens, at most 256 a sample; forward and backward in one launch each",
+        why_unavailable=lambda: native.why_missing("cuda") or (None if torch.cuda.is_available() else "no CUDA device"),
         why_unsupported=pool_cuda.why_unsupported,
         automatic=False,  # until it has been measured against the other
     ),

@@ -14,7 +14,6 @@ Axes: Va, Vb views, B rows, G columns, D embedding.
 from __future__ import annotations
 
 import ctypes
-from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +69,9 @@ def why_unsupported(rows_VBD: Tensor, columns_VGD: Tensor, *_: Tensor) -> str | 
 
 def log_sum_exps(rows_VBD: Tensor, columns_VGD: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     """The forward stage: Triton's."""
-    triton_stages = import_module(".infonce_triton", __package__)  # only now: the backward does without Triton
-    return triton_stages.log_sum_exps(rows_VBD, columns_VGD, scale, offset)
+    from . import infonce_triton  # only now: the backward does without Triton
+
+    return infonce_triton.log_sum_exps(rows_VBD, columns_VGD, scale, offset)
 
 
 def feature_gradients(

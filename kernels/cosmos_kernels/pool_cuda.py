@@ -1,7 +1,8 @@
-"""CUDA backend of the cross-attention pooling: forward of csrc/pool_forward_cuda.cu, and Triton's backward.
+"""CUDA backend of the cross-attention pooling: csrc/pool_forward_cuda.cu and csrc/pool_backward_cuda.cu.
 
 One block a sample (and 64 rows) on the tensor cores: all scores first, the LayerNorm of the tokens applied to scores
-and sums, an exact softmax in fp32. fp16 or bf16 tokens, at most 256 of them.
+and sums, an exact softmax in fp32. The backward recomputes the scores from tokens and log-sum-exps and writes nothing
+but its results. fp16 or bf16 tokens, at most 256 of them.
 
 Checked on a CPU in the emulation of csrc/emulation and compiled for sm_80 and sm_90a without spills; not yet run on
 hardware.
@@ -12,7 +13,6 @@ Axes: B batch, L tokens, M rows of a sample (views times heads), D embedding.
 from __future__ import annotations
 
 import ctypes
-from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from . import native
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 MAX_TOKENS = 256
+MAX_ROWS = 64  # of the backward kernel; more are taken in parts
 LAYER_NORM_EPS = 1e-5
 ALIGNMENT = 8  # elements: rows begin at multiples of 16 bytes
 
@@ -35,6 +36,18 @@ class _Forward(ctypes.Structure):
     )
 
 
+class _Backward(ctypes.Structure):
+    """CosmosPoolBackward."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "queries", "grad_attended", "lse")),
+        *((name, ctypes.c_void_p) for name in ("attended", "grad_queries", "grad_tokens")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "rows", "dim", "batch_stride", "token_stride")),
+        ("eps", ctypes.c_float),
+    )
+
+
+_BACKWARD_ARGUMENTS = (ctypes.POINTER(_Backward), ctypes.c_int32, ctypes.c_void_p)
 _FORWARD_ARGUMENTS = (ctypes.POINTER(_Forward), ctypes.c_int32, ctypes.c_void_p)
 
 
@@ -79,10 +92,51 @@ def attend(tokens_BLD: Tensor, queries_BMD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend_backward(
-    tokens_BLD: Tensor, queries_BMD: Tensor, lse_BM: Tensor, grad_BMD: Tensor
+    tokens_BLD: Tensor, queries_BMD: Tensor, lse_BM: Tensor, grad_attended_BMD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward stage: Triton's."""
-    return import_module(".pool_triton", __package__).attend_backward(tokens_BLD, queries_BMD, lse_BM, grad_BMD)
+    """Gradients of `attend` from its inputs and log-sum-exps.
+
+    Args:
+        tokens_BLD, queries_BMD: as in the forward pass. lse_BM: what it returned.
+        grad_attended_BMD: gradient of `attended`, in its dtype.
+
+    Returns:
+        attended [B, M, D] once more, grad_queries [B, M, D] and grad_tokens [B, L, D], all in the tokens' dtype.
+
+    Raises:
+        RuntimeError: the library is missing, or CUDA reports an error.
+    """
+    parts = [
+        _attend_backward(tokens_BLD, *rows)
+        for rows in zip(*(rows.split(MAX_ROWS, 1) for rows in (queries_BMD, lse_BM, grad_attended_BMD)), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    attended, grad_queries, grad_tokens = zip(*parts, strict=True)
+    return torch.cat(attended, 1), torch.cat(grad_queries, 1), torch.stack(grad_tokens).sum(0)
+
+
+def _attend_backward(
+    tokens_BLD: Tensor, queries_BMD: Tensor, lse_BM: Tensor, grad_attended_BMD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for at most MAX_ROWS rows a sample."""
+    (batch, length, dim), rows = tokens_BLD.shape, queries_BMD.shape[1]
+    tokens_BLD, queries_BMD, grad_attended_BMD = (
+        _readable(x.detach()) for x in (tokens_BLD, queries_BMD.contiguous(), grad_attended_BMD.contiguous())
+    )
+    lse_BM = lse_BM.detach().contiguous()
+    made = (torch.empty_like(queries_BMD), torch.empty_like(queries_BMD))
+    grad_tokens_BLD = torch.empty((batch, length, dim), dtype=tokens_BLD.dtype, device=tokens_BLD.device)
+    tensors = (tokens_BLD, queries_BMD, grad_attended_BMD, lse_BM, *made, grad_tokens_BLD)
+    sizes = (batch, length, rows, dim, *tokens_BLD.stride()[:2])
+    call = _Backward(*(tensor.data_ptr() for tensor in tensors), *sizes, LAYER_NORM_EPS)
+    native.run_on_stream(
+        native.function("cuda", "cosmos_pool_backward", _BACKWARD_ARGUMENTS, ctypes.c_int32),
+        tokens_BLD,
+        ctypes.byref(call),
+        DTYPES[tokens_BLD.dtype],
+    )
+    return *made, grad_tokens_BLD
 
 
 def _readable(x_BND: Tensor) -> Tensor:

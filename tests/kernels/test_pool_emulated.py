@@ -1,4 +1,4 @@
-"""csrc/pool_forward_cuda.cu, its own source compiled for the host, against fp64 truth."""
+"""csrc/pool_forward_cuda.cu and csrc/pool_backward_cuda.cu, compiled for the host, against fp64 truth."""
 
 from __future__ import annotations
 
@@ -73,6 +73,64 @@ def test_attend(case, monkeypatch):
     check(tokens, queries, found)
 
 
+def backward_definition(tokens: Tensor, queries: Tensor, grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    leaves = [side.detach().to(dtype).requires_grad_() for side in (tokens, queries)]
+    attended = definition(*leaves, dtype)["attended"]
+    grad_tokens, grad_queries = torch.autograd.grad(attended, leaves, grad.to(dtype))
+    return {"attended": attended.detach(), "queries": grad_queries, "tokens": grad_tokens}
+
+
+def backward_kernel(tokens: Tensor, queries: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    lse = definition(tokens, queries, torch.float64)["lse"].float()
+    attended, grad_queries, grad_tokens = pool_cuda.attend_backward(tokens, queries, lse, grad)
+    return {"attended": attended, "queries": grad_queries, "tokens": grad_tokens}
+
+
+def gradient(queries: Tensor, size: float = 1.0) -> Tensor:
+    drawn = torch.randn(queries.shape, generator=torch.Generator().manual_seed(7))
+    return (drawn * size).to(queries.dtype)
+
+
+def check_backward(tokens: Tensor, queries: Tensor, grad: Tensor, found: dict[str, Tensor]) -> None:
+    truth = backward_definition(tokens, queries, grad, torch.float64)
+    eager = backward_definition(tokens, queries, grad, tokens.dtype)
+    assert_tensors_no_worse(found, eager, truth, factor=3.0)
+    errors = {name: error(found[name], truth[name]) for name in truth}
+    if tokens.shape[1] > 1:  # a single token's weight is 1: its gradients are zero
+        assert max(errors.values()) <= 2 * ERROR[tokens.dtype], errors
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attend_backward(case, monkeypatch):
+    tokens, queries = (guarded(side) for side in inputs(case))
+    grad = guarded(gradient(queries))
+    with guarded_allocations(monkeypatch):
+        found = backward_kernel(tokens, queries, grad)
+    check_backward(tokens, queries, grad, found)
+
+
+@pytest.mark.parametrize("order", ["late", "reverse", "late,reverse"])
+@pytest.mark.parametrize("length", [20, 77, 150])
+def test_orders_of_the_backward(order, length, monkeypatch):
+    monkeypatch.setenv("COSMOS_EMULATION", order)
+    tokens, queries = inputs(Case(1, length, 64, 136))
+    grad = gradient(queries)
+    found = backward_kernel(tokens, queries, grad)
+    check_backward(tokens, queries, grad, found)
+    again = backward_kernel(tokens, queries, grad)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_gradients_that_fp16_barely_holds():
+    """Factors keep dS within fp16's range; the smallest results are its subnormal numbers."""
+    tokens, queries = inputs(Case(1, 30, 16, 64))
+    check_backward(tokens, queries, gradient(queries, 1e-3), backward_kernel(tokens, queries, gradient(queries, 1e-3)))
+    zero = backward_kernel(tokens, queries, torch.zeros_like(queries))
+    assert not zero["queries"].any()
+    assert not zero["tokens"].any()
+    assert zero["attended"].any()
+
+
 @pytest.mark.parametrize("order", ["late", "reverse", "late,reverse"])
 @pytest.mark.parametrize("length", [77, 150])
 def test_orders(order, length, monkeypatch):
@@ -115,6 +173,8 @@ def test_nan_stays_in_its_sample():
     assert found["lse"][0].isfinite().all()
     assert found["attended"][1].isnan().all()
     assert found["lse"][1].isnan().all()
+    grads = pool_cuda.attend_backward(tokens, queries, found["lse"], gradient(queries))
+    assert all(grad[0].isfinite().all() and grad[1].isnan().all() for grad in grads)
 
 
 def test_strided_tokens():
