@@ -19,7 +19,7 @@ COLOURS = {
     "native": "#9467bd",
     "triton": "#2ca02c",
     "cuda": "#d62728",
-    "compiled": "#ff7f0e",
+    "eager, compiled": "#ff7f0e",
 }
 # The same rows give the same file: no date, no random identifiers; text stays text.
 STYLE = {"svg.hashsalt": "cosmos-fast", "svg.fonttype": "none", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}

@@ -134,9 +134,9 @@ def backend_rows(point: Point, laps: Laps, name: str, rates: Rates, row: Callabl
 
 
 def backend_names(op: str) -> list[str]:
-    """Registered backends of the operation that this machine has; Triton's interpreter is not one to time."""
-    table = [row for row in backends.table() if row["op"] == op and row["status"] == "available"]
-    return [row["backend"] for row in table if row["backend"] != "triton" or torch.cuda.is_available()]
+    """Registered backends of the operation that this machine has; an interpreter of GPU code is not one to time."""
+    names = [row["backend"] for row in backends.table() if row["op"] == op and row["status"] == "available"]
+    return [name for name in names if name not in backends.GPU_BACKENDS or torch.cuda.is_available()]
 
 
 def time_point(point: Point, names: Sequence[str], device: str, repeats: int, deadline: float) -> Laps:
@@ -174,6 +174,8 @@ def _attempt(point: Point, name: str) -> tuple[Mapping[str, Tensor] | None, str]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, "out of memory"
+    except torch._dynamo.exc.TorchDynamoException as error:  # the compiler has no compiler, for one
+        return None, str(error).splitlines()[0]
 
 
 def _run_once(point: Point, name: str) -> None:

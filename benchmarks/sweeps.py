@@ -7,6 +7,7 @@ Axes: V views, B batch, L tokens, D embedding, H heads, M rows of logits, K clas
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from cosmos_fast.ops import (
     multiview_infonce,
 )
 
+COMPILED = "eager, compiled"
 DIM, HEADS, VIEWS, TEACHER_VIEWS = 512, 8, 8, 4
 ADAMW = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.5, "ema_decay": 0.999}
 
@@ -35,6 +37,19 @@ ADAMW = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0
 def draw(*shape: int, device: str, dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def with_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operation, which then takes COMPILED as a backend too: its oracle through torch.compile."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(partial(function, backend=ORACLE))
+
+    def call(*arguments: Any, backend: str) -> Tensor:
+        return compiled()(*arguments) if backend == COMPILED else function(*arguments, backend=backend)
+
+    return call
 
 
 def with_gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -96,6 +111,7 @@ def pool(device: str) -> Sweep:
     length = 77
     shapes = {"ln_q_weight": (DIM,), "ln_q_bias": (DIM,), "ln_k_weight": (DIM,), "ln_k_bias": (DIM,)}
     matrices = {"in_proj_weight": (3 * DIM, DIM), "in_proj_bias": (3 * DIM,)}
+    operation = with_compiled(cross_attention_pool)
     matrices |= {"out_proj_weight": (DIM, DIM), "out_proj_bias": (DIM,)}
 
     def make_inputs(batch: int, seed: int) -> dict[str, Tensor]:
@@ -110,7 +126,7 @@ def pool(device: str) -> Sweep:
 
     def run(backend: str, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         weights = PoolWeights(**{name: leaves[name] for name in shapes | matrices}, heads=HEADS)
-        pooled = cross_attention_pool(leaves["tokens"], leaves["queries"], weights, backend=backend)
+        pooled = operation(leaves["tokens"], leaves["queries"], weights, backend=backend)
         ramp = torch.linspace(-1, 1, pooled.numel(), device=device).view_as(pooled)
         # The key's bias cancels in the softmax: rounding alone makes its gradient, so it is not compared.
         found = with_gradients((pooled * ramp).sum(), leaves)
@@ -138,6 +154,7 @@ def pool(device: str) -> Sweep:
         size_label=f"samples of {length} tokens, 8 queries each",
         points=[point(*size) for size in sizes],
         matmul_dtype=dtype,
+        extra=(COMPILED,) if device == "cuda" else (),
     )
 
 
@@ -145,13 +162,14 @@ def distill(device: str) -> Sweep:
     """Soft-target cross-entropy over dense logits, loss and the student's gradient."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     batch = 2048 if device == "cuda" else 256
+    operation = with_compiled(dense_distillation_cross_entropy)
 
     def make_inputs(classes: int, seed: int) -> dict[str, Tensor]:
         student, teacher = (draw(batch, classes, device=device, dtype=dtype, seed=2 * seed + i) for i in range(2))
         return {"student": student.requires_grad_(), "teacher": teacher}
 
     def run(backend: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        loss = dense_distillation_cross_entropy(inputs["student"], inputs["teacher"], 0.1, 0.05, backend=backend)
+        loss = operation(inputs["student"], inputs["teacher"], 0.1, 0.05, backend=backend)
         return with_gradients(loss, {"student": inputs["student"]})
 
     def point(classes: int, bar: float | None) -> Point:
@@ -177,6 +195,7 @@ def distill(device: str) -> Sweep:
         op="dense_distillation_cross_entropy",
         size_label=f"classes, {batch} rows",
         points=[point(*size) for size in sizes],
+        extra=(COMPILED,) if device == "cuda" else (),
     )
 
 

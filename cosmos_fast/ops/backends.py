@@ -152,7 +152,9 @@ def _in_order(op: str, known: list[Backend], tensors: tuple[Tensor, ...]) -> tup
     if names is None:
         return automatic, "first choice that runs here"
     ranks = {name: rank for rank, name in enumerate(names)}
-    by_speed = sorted(automatic, key=lambda backend: ranks.get(backend.name, len(ranks)))  # the rest as registered
+    # A GPU backend that waited to be measured (automatic=False) is one to choose now; the oracle never is.
+    candidates = [other for other in known if other.automatic or (other.name in GPU_BACKENDS and other.name in ranks)]
+    by_speed = sorted(candidates, key=lambda backend: ranks.get(backend.name, len(ranks)))  # the rest as registered
     return by_speed, f"the fastest that runs here, as measured on {device} for tensors of this size"
 
 

@@ -138,7 +138,8 @@ def _cell(row: Row) -> str:
         return "**does not compile**"
     parts = [f"{row['registers']} regs"]
     if row["shared_bytes"]:
-        parts.append(f"{row['shared_bytes'] / 1024:.0f} KiB")
+        kib, rest = divmod(row["shared_bytes"], 1024)
+        parts.append(f"{kib + rest / 1024:.3g} KiB" if kib else f"{rest} B")
     parts += [f"{count} {name}" for name, count in row["mma"].items()]
     if spills(row):
         parts.append(f"**spills {row['stack_bytes']} B**")

@@ -149,6 +149,14 @@ def test_a_measured_order_goes_before_the_order_of_registration(gpu):
 
 
 @pytest.mark.usefixtures("toy")
+def test_a_gpu_backend_on_request_only_is_chosen_once_it_has_been_measured(gpu):
+    register(Backend("toy", "cuda", lambda: "cuda", "", automatic=False))
+    assert resolve("toy", "auto", OnGpu(9)).backend.name == "wide"
+    gpu([entry(None, "slow", "cuda", "wide")])
+    assert resolve("toy", "auto", OnGpu(9)).backend.name == "cuda"
+
+
+@pytest.mark.usefixtures("toy")
 def test_without_a_measurement_the_order_of_registration_holds(gpu):
     gpu([entry(10, "plain")])
     backend, reason = resolve("toy", "auto", OnGpu(11))
