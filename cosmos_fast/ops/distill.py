@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops import distill_tiled
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_kernels import distill_state, reference, triton_support
 
 NAME = "distillation_cross_entropy"
@@ -153,7 +153,7 @@ def _(student_a: Tensor, student_b: Tensor, *others: Any) -> tuple[Tensor, Tenso
 
 
 def _stages(backend: str, inputs: list[Tensor]) -> Any:
-    return resolve(NAME, backend, *inputs).backend.stages
+    return stages_for(NAME, backend, *inputs)
 
 
 def why_not_in_triton(*inputs: Tensor) -> str | None:

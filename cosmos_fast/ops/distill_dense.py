@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops import distill_tiled
-from cosmos_fast.ops.backends import Backend, register, resolve
+from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_fast.ops.distill import why_not_in_triton
 from cosmos_kernels import distill_state, reference, triton_support
 
@@ -118,7 +118,7 @@ def _(student: Tensor, *_: Any) -> Tensor:
 
 
 def _stages(backend: str, inputs: list[Any]) -> Any:
-    return resolve(NAME, backend, *inputs[:2]).backend.stages
+    return stages_for(NAME, backend, *inputs[:2])
 
 
 def _run_eager(student_MK: Tensor, teacher_MK: Tensor, *temperatures: float) -> Tensor:
