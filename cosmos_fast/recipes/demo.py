@@ -76,7 +76,7 @@ def demo() -> TrainConfig:
 
 
 def demo_clip() -> TrainConfig:
-    """Plain CLIP with the towers and data of `demo`: one crop and caption a sample, equal FLOPs, its own batch, rate."""
+    """Plain CLIP with the towers and data of `demo`: one crop and caption a sample, equal FLOPs, own batch and rate."""
     cosmos = demo()
     views = replace(cosmos.data.views, global_crops=1, local_crops=0, global_captions=1, local_captions=0)
     steps = round(STEPS * CLIP_SAMPLES_PER_SAMPLE * cosmos.run.batch_size / CLIP_BATCH)

@@ -163,8 +163,8 @@ def main() -> int:
                 print(json.dumps(row), flush=True)
     library = native.LIBRARY_DIR / native.LIBRARIES["cuda"]
     if not only and library.exists():
-        for row in library_resources(library):
-            print(json.dumps(asdict(row)), flush=True)
+        for found in library_resources(library):
+            print(json.dumps(asdict(found)), flush=True)
     return 0
 
 

@@ -51,6 +51,7 @@ def compare(a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = (
         (1, 1, 1, 32, 1.0, FLOAT),
         (8, 2, 7, 48, 14.3, FLOAT),
         (2, 1, 64, 512, 100.0, FLOAT),
+        (1, 1, 7, 8192, 14.3, FLOAT),
         (1, 2, 130, 100, 14.3, FLOAT),
         (3, 2, 7, 100, 100.0, HALF),
         (1, 2, 130, 48, 14.3, HALF),
