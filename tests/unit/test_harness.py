@@ -207,7 +207,7 @@ def test_a_step_that_disagrees_is_not_measured(tmp_path: Path, monkeypatch: pyte
 
 def test_the_single_operations_agree_with_the_eager_port_in_double_precision() -> None:
     bench_infonce.check(batch=3, dim=17, device="cpu", backend="auto")
-    bench_pool.check(batch=1, length=5, dim=24, device="cpu")
+    bench_pool.check(5, bench_pool.Setting(batch=1, dim=24, device="cpu", backend="auto", repeats=7))
 
 
 def test_the_command_lists_the_benchmarks() -> None:
