@@ -136,9 +136,9 @@ def _options(length: int, dim: int, rows: int) -> dict[str, int]:
     return {
         "BLOCK_M": block_size(rows, MAX_ROWS),
         "BLOCK_L": length_block,
-        "BLOCK_D": block_size(dim, 64),
+        "BLOCK_D": block_size(dim, 32 if length_block > 128 else 64),  # 64 spill beside 256 tokens
         "num_warps": 8 if length_block > 64 else 4,
-        "num_stages": 2 if length_block > 128 else 3,
+        "num_stages": 3,
     }
 
 
