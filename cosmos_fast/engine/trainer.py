@@ -10,15 +10,16 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.data.loader import Loader
 from cosmos_fast.engine.checkpoint import load
+from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
+from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
 from cosmos_fast.engine.rng import set_rng_state
@@ -61,8 +62,9 @@ class Trainer:
     precision: Precision
     student: CosmosModel
     teacher: CosmosModel
-    objective: CosmosLoss | ClipLoss
+    gradients: Gradients
     optimizer: AdamWEma
+    clock: PhaseClock
     # what happens after a step
     metrics: Metrics
     stop: StopRequest
@@ -90,7 +92,9 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.student = create_model(config.model).to(self.device).train()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
+        self.clock = no_clock
+        objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
+        self.gradients = Gradients(self.student, self.teacher, objective, config.data.views, self.precision, self.clock)
         self.optimizer = build_optimizer(config, self.student, self.teacher)
         self.state = replace(self.plan.state)
         if self.plan.checkpoint is not None:
@@ -137,10 +141,9 @@ class Trainer:
         lr = learning_rate(self.config, self.state.step, self.total_steps)
         decay = ema_decay(self.config, self.state.step, self.total_steps)
         self.optimizer.zero_grad()
-        losses = torch.zeros(3, device=self.device)
-        for batch in micro_batches:
-            losses += self._backward(batch.to(self.device), share=1.0 / len(micro_batches))
-        result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
+        losses = self.gradients.accumulate(micro_batches)
+        with self.clock("optimizer"):
+            result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
         self._count_step(samples, micro_batches, result.applied)
         return StepOutcome(
@@ -171,21 +174,6 @@ class Trainer:
         parameters = dict(self.student.named_parameters())
         names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
         return {name: float(parameters[name].detach().exp()) for name in names}
-
-    def _backward(self, batch: Batch, share: float) -> Tensor:
-        """Add this micro-batch's gradients; returns [3]: clip, distill and total loss, times `share`."""
-        views = self.config.data.views
-        with self.precision.autocast():
-            student = self.student(batch.images, batch.texts)
-            if isinstance(self.objective, ClipLoss):
-                output = self.objective(student)
-            else:
-                with torch.no_grad():
-                    images, texts = batch.images[: views.global_crops], batch.texts[: views.global_captions]
-                    teacher = self.teacher.encode_views(images, texts)
-                output = self.objective(student, teacher)
-        (output.total * share).backward()
-        return torch.stack([output.clip, output.distill, output.total]).detach() * share
 
     def _count_step(self, samples: int, micro_batches: Sequence[Batch], applied: bool) -> None:
         state, next_position = self.state, micro_batches[-1].next_position

@@ -36,8 +36,10 @@ class CosmosLoss:
         self.group = group
         self.backend = backend
 
-    def __call__(self, student: CosmosFeatures, teacher: TeacherFeatures) -> CosmosLossOutput:
+    def __call__(self, student: CosmosFeatures, teacher: TeacherFeatures | None) -> CosmosLossOutput:
         """Both terms over the global batch; see `multiview_infonce` for gradients across ranks."""
+        if teacher is None:
+            raise ValueError("CosmosLoss needs the teacher's features: teacher is None")
         if student.image_crossmodal is None or student.text_crossmodal is None or student.distill_logit_scale is None:
             raise ValueError("CosmosLoss needs cross-modal features; a plain CLIP model trains with ClipLoss")
         global_views = teacher.image.shape[0]
