@@ -1,5 +1,6 @@
 """Frozen, keyword-only dataclasses that decide a run, and their YAML form."""
 
+from cosmos_fast.config.compute import ComputeConfig
 from cosmos_fast.config.data import CropConfig, DataConfig, SourceConfig, ViewsConfig
 from cosmos_fast.config.load import dotted_names, dump_config, load_config
 from cosmos_fast.config.model import NAMED_MODELS, ModelConfig, TextConfig, VisionConfig, named_model
@@ -14,6 +15,7 @@ from cosmos_fast.config.train import (
 
 __all__ = [
     "NAMED_MODELS",
+    "ComputeConfig",
     "CropConfig",
     "DataConfig",
     "EmaConfig",

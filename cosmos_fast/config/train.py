@@ -13,6 +13,7 @@ from cosmos_fast.config.checks import (
     require_not_negative,
     require_positive,
 )
+from cosmos_fast.config.compute import ComputeConfig
 from cosmos_fast.config.data import DataConfig, SourceConfig
 from cosmos_fast.config.model import ModelConfig
 
@@ -75,7 +76,7 @@ class RunConfig:
     batch_size: int = 64
     accumulate_steps: int = 1
     world_size_hint: int = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
     threads: int | None = None
     log_every_steps: int = 20
@@ -90,7 +91,8 @@ class RunConfig:
         positive = ("batch_size", "accumulate_steps", "log_every_steps", "keep_checkpoints", "max_nonfinite_steps")
         require_positive("run", self, *positive)
         require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
-        require_choice("run.precision", self.precision, ("auto", "fp32", "bf16"))
+        require_choice("run.negatives", self.negatives, ("micro", "all"))
+        require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:
                 require_positive("run", self, name)
@@ -133,6 +135,7 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", self.name) is not None,

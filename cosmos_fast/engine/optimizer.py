@@ -34,6 +34,8 @@ def has_weight_decay(name: str, parameter: Tensor) -> bool:
 
 def build_optimizer(config: TrainConfig, student: nn.Module, teacher: nn.Module) -> AdamWEma:
     """The optimizer of `student` that also keeps `teacher`; both hold fp32 parameters of the same names."""
+    if config.compute.optimizer != "fused":
+        raise UserError(f"compute.optimizer={config.compute.optimizer} is not implemented yet: leave it at fused")
     return AdamWEma(config.optimizer, student, teacher)
 
 

@@ -44,4 +44,6 @@ def resolve_precision(request: str, device: torch.device) -> Precision:
     if request == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         request = "bf16" if has_bf16 else "fp32"
+    if request == "fp16":
+        raise UserError("run.precision=fp16 is not implemented yet: use bf16 or fp32")
     return Precision(request, device.type)

@@ -28,6 +28,7 @@ from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.model import CosmosModel, create_model
+from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
@@ -92,6 +93,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.student = create_model(config.model).to(self.device).train()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        for model in (self.student, self.teacher):
+            apply_compute(model, config.compute, self.device)
         self.clock = no_clock
         objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
         self.gradients = Gradients(self.student, self.teacher, objective, config.data.views, self.precision, self.clock)

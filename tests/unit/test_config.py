@@ -44,6 +44,8 @@ def test_yaml_reads_back_equal(name: str, tmp_path) -> None:
         ("run.tensorboard=true", "run.tensorboard", True),
         ("optimizer.betas=[0.8, 0.9]", "optimizer.betas", (0.8, 0.9)),
         ("name=007", "name", "007"),
+        ("compute.compile=true", "compute.compile", True),
+        ("compute.checkpoint_activations=none", "compute.checkpoint_activations", "none"),
         ("data.views.global_blur_p=[0.5]", "data.views.global_blur_p", (0.5,)),
     ],
 )
@@ -106,6 +108,9 @@ def test_later_override_wins_and_section_can_be_given_whole() -> None:
         ("objective=siglip", "'objective' is 'siglip'"),
         ("name=../x", "it names a folder"),
         ("ema.decay=1.01", "ema.decay is 1.01"),
+        ("compute.linear=fp4", "'compute.linear' is 'fp4'"),
+        ("compute.checkpoint=mlp", "did you mean 'compute.checkpoint_activations'"),
+        ("compute.fp8_backend=te", "set compute.linear=fp8"),
     ],
 )
 def test_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:
