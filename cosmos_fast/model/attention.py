@@ -26,7 +26,11 @@ class AttentionProjections(nn.Module):
 
 
 class PackedSelfAttention(AttentionProjections):
-    """Self-attention on [T, D], sequence by sequence as a layout says."""
+    """Self-attention on [T, D], sequence by sequence as a layout says.
+
+    In three steps, so that what is around the attention can be compiled: `project`, `attend`, and `out_proj`; `_kept`
+    stands for the rows that are read afterwards.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width)
@@ -34,37 +38,37 @@ class PackedSelfAttention(AttentionProjections):
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.heads = heads
 
-    def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, D] -> [T, D], every token attending within its sequence."""
-        qkv_T3D = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
-        outputs = [
-            _attend_all(qkv, group, self.heads, layout.causal)
-            for qkv, group in zip(qkv_T3D.split(layout.token_counts), layout.groups, strict=True)
-        ]
-        return self.out_proj(torch.cat(outputs))
+    def project(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, 3 D]: queries, keys and values."""
+        return F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
 
-    def forward_kept(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, D] -> [kept rows, D]: keys and values of every token, queries only of the rows that are read."""
+    def project_kept(self, x_TD: Tensor, kept_rows_K: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, D] -> queries [K, D] of the rows that are read, keys and values [T, 2 D] of every token."""
         width = x_TD.shape[1]
         weight_q, weight_kv = self.in_proj_weight.split([width, 2 * width])
         bias_q, bias_kv = self.in_proj_bias.split([width, 2 * width])
-        q_KD = F.linear(x_TD.index_select(0, layout.kept_rows), weight_q, bias_q)
-        kv_T2D = F.linear(x_TD, weight_kv, bias_kv)
-        parts = zip(q_KD.split(layout.kept_counts), kv_T2D.split(layout.token_counts), layout.groups, strict=True)
-        return self.out_proj(
-            torch.cat([_attend_kept(q, kv, group, self.heads, layout.causal) for q, kv, group in parts])
-        )
+        q_KD = F.linear(x_TD.index_select(0, kept_rows_K), weight_q, bias_q)
+        return q_KD, F.linear(x_TD, weight_kv, bias_kv)
 
-    def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
+    def attend(self, qkv_T3D: Tensor, layout: PackedLayout) -> Tensor:
+        """[T, 3 D] -> [T, D], every token attending within its sequence."""
+        parts = zip(qkv_T3D.split(layout.token_counts), layout.groups, strict=True)
+        return torch.cat([_attend_all(qkv, group, self.heads, layout.causal) for qkv, group in parts])
+
+    def attend_kept(self, q_KD: Tensor, kv_T2D: Tensor, layout: PackedLayout) -> Tensor:
+        """[K, D], [T, 2 D] -> [K, D]: the rows that are read, attending to every token of their sequence."""
+        parts = zip(q_KD.split(layout.kept_counts), kv_T2D.split(layout.token_counts), layout.groups, strict=True)
+        return torch.cat([_attend_kept(q, kv, group, self.heads, layout.causal) for q, kv, group in parts])
+
+    def attend_csa(self, qkv_T3D: Tensor, layout: PackedLayout) -> Tensor:
         """Correlative self-attention for dense features: weights softmax(q q^T) + softmax(k k^T), full attention."""
-        qkv_T3D = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
         outputs = []
         for qkv, group in zip(qkv_T3D.split(layout.token_counts), layout.groups, strict=True):
             q, k, v = _split_heads(qkv, group, self.heads, parts=3)
             scaling = q.shape[-1] ** -0.5
             weights = (q @ q.mT * scaling).softmax(-1) + (k @ k.mT * scaling).softmax(-1)
             outputs.append(_merge_heads(weights @ v))
-        return self.out_proj(torch.cat(outputs))
+        return torch.cat(outputs)
 
 
 def _attend_all(qkv: Tensor, group: SequenceGroup, heads: int, causal: bool) -> Tensor:

@@ -34,17 +34,26 @@ class ResidualBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), layout)
-        return x_TD + self.mlp(self.ln_2(x_TD))
+        return self._finish(x_TD, self.attn.attend(self._project(x_TD), layout))
 
     def forward_kept(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """The same on the rows that are read afterwards: [T, D] -> [kept rows, D]."""
-        kept_KD = x_TD.index_select(0, layout.kept_rows) + self.attn.forward_kept(self.ln_1(x_TD), layout)
-        return kept_KD + self.mlp(self.ln_2(kept_KD))
+        q_KD, kv_T2D = self._project_kept(x_TD, layout.kept_rows)
+        return self._finish(x_TD.index_select(0, layout.kept_rows), self.attn.attend_kept(q_KD, kv_T2D, layout))
 
     def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """The same with correlative self-attention."""
-        x_TD = x_TD + self.attn.forward_csa(self.ln_1(x_TD), layout)
+        return self._finish(x_TD, self.attn.attend_csa(self._project(x_TD), layout))
+
+    def _project(self, x_TD: Tensor) -> Tensor:
+        return self.attn.project(self.ln_1(x_TD))
+
+    def _project_kept(self, x_TD: Tensor, kept_rows_K: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attn.project_kept(self.ln_1(x_TD), kept_rows_K)
+
+    def _finish(self, x_TD: Tensor, mixed_TD: Tensor) -> Tensor:
+        """What follows the attention, whose outputs are `mixed_TD`."""
+        x_TD = x_TD + self.attn.out_proj(mixed_TD)
         return x_TD + self.mlp(self.ln_2(x_TD))
 
 
