@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -108,18 +107,6 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def matmul_flops_per_s(device: str, dtype: torch.dtype) -> float:
-    """The best that the library's matrix product reaches now: the rate that a floor of the time is derived from.
-
-    The best of several, because a neighbour's load can only lower it.
-    """
-    side = 8192 if torch.device(device).type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
-    times_ms = [time_ms(partial(torch.mm, a), b, device) for _ in range(MIN_REPEATS)]
-    return 2 * side**3 / (min(times_ms) / 1e3)
 
 
 def ledger(
