@@ -22,13 +22,14 @@ from torch import Tensor
 
 from benchmarks import rows, sweeps
 from benchmarks.eager_cosmos import EagerFeatures, cosmos_loss, infonce
-from benchmarks.harness import MIN_REPEATS, assert_agree, interleave, matmul_flops_per_s, time_ms
+from benchmarks.harness import MIN_REPEATS, assert_agree, interleave, time_ms
 from benchmarks.memory import MIB, peak_mib
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.loss import CosmosLoss
 from cosmos_fast.model import CosmosFeatures, TeacherFeatures
 from cosmos_fast.ops import multiview_infonce
+from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 
 VIEWS = GLOBAL_VIEWS + LOCAL_VIEWS
 NAMES = ("image", "text", "image_crossmodal", "text_crossmodal", "logit_scale", "distill_logit_scale")

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from benchmarks import graphs, rows, sweeps
 from benchmarks.eager_cosmos import CrossAttentionPool as EagerPool
-from benchmarks.harness import MIN_REPEATS, assert_agree, interleave, matmul_flops_per_s
+from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.memory import MIB, peak_mib
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.model.cross_pool import CrossAttentionPool
 from cosmos_fast.ops import cross_attention_pool
+from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 
 VIEWS = GLOBAL_VIEWS + LOCAL_VIEWS
 HEADS = 8

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks import rows
 from benchmarks.eager_cosmos import EagerCosmos, EagerTrainer
-from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave, ledger, matmul_flops_per_s
+from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave, ledger
 from benchmarks.memory import peak_mib
 from benchmarks.product import ProductTrainer
 from benchmarks.rows import Row
 from benchmarks.shapes import StepShape, mini_step, vit_b_16_step
+from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 
 LEARNING_RATE = 1e-4
 CHECK_EMA_DECAY = 0.5

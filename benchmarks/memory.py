@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import re
-import resource
-import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
-MIB = 2**20
-PROC = Path("/proc/self")  # resolved in whichever process reads it
+from cosmos_fast.utils.memory import MIB, peak_bytes, reset_peak
+
+CPU = torch.device("cpu")
 
 
 def peak_mib(work: Callable[[], object], *, device: str = "cpu", settle: Callable[[], object] | None = None) -> float:
@@ -49,32 +46,9 @@ def _child(sender: Connection, work: Callable[[], object], settle: Callable[[], 
     if settle is not None:
         settle()
     gc.collect()
-    base = _reset_peak()
+    base = reset_peak(CPU)
     work()
-    sender.send((_peak_bytes() - base) / MIB)
-
-
-def _reset_peak() -> int:
-    """Make the present resident size the peak, where the system allows it; returns the base in bytes."""
-    try:
-        (PROC / "clear_refs").write_text("5")
-    except OSError:
-        return _peak_bytes()
-    return _status_bytes("VmRSS")
-
-
-def _peak_bytes() -> int:
-    # ru_maxrss is the last resort: on Linux it survives exec, and a child starts with its parent's peak.
-    if (PROC / "status").exists():
-        return _status_bytes("VmHWM")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", (PROC / "status").read_text(), re.MULTILINE)
-    assert found, f"/proc/self/status has no {field}"
-    return int(found[1]) * 1024
+    sender.send((peak_bytes(CPU) - base) / MIB)
 
 
 def _cuda_peak_mib(work: Callable[[], object], device: str, settle: Callable[[], object] | None) -> float:

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import rows
-from benchmarks.harness import MIN_REPEATS, assert_agree, matmul_flops_per_s, time_ms
+from benchmarks.harness import MIN_REPEATS, assert_agree, time_ms
 from benchmarks.memory import peak_mib
 from benchmarks.rows import Row
 from cosmos_fast.ops import backends
+from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 
 ORACLE = "eager"
 MAX_SETS = 16

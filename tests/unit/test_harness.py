@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-import benchmarks.memory
 from benchmarks import bench_infonce, bench_pool, bench_step, rows
 from benchmarks.eager_cosmos import EagerTrainer
 from benchmarks.harness import Timing, assert_agree, interleave, ledger
@@ -24,6 +23,7 @@ from benchmarks.rows import Row
 from benchmarks.shapes import mini_step
 from cosmos_fast.cli import bench
 from cosmos_fast.cli.main import run
+from cosmos_fast.utils import memory
 
 ROW = Row(
     name="toy",
@@ -127,7 +127,7 @@ def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before()
     peak = peak_mib(work, settle=partial(touch_mib, 1))
     assert 90 <= peak <= 110
     # A settling run that needed more must not hide the work's peak.
-    if (benchmarks.memory.PROC / "clear_refs").exists():
+    if (memory.PROC / "clear_refs").exists():
         assert 90 <= peak_mib(work, settle=partial(touch_mib, 192)) <= 110
 
 
