@@ -3,7 +3,8 @@
 Every operation registers its backends in order of preference. `resolve` is the only place that chooses, and does
 nothing else: `auto` takes the first backend that is available on this machine and supports these tensors, in measured
 order where `measured.json` knows this GPU, else in order of registration; an explicit request is met or refused with
-the reason. Operations call `stages_for`, which also logs each new choice once. `cosmos-fast doctor` prints `table()`.
+the reason. Operations call `stages_for` or `choose`, which also log each new choice once. `cosmos-fast doctor` prints
+`table()`.
 """
 
 from __future__ import annotations
@@ -108,13 +109,18 @@ def resolve(op: str, request: str, *tensors: Tensor) -> Resolution:
     raise ValueError(f"{op}: no backend takes these tensors ({'; '.join(passed_over)})")
 
 
-def stages_for(op: str, request: str, *tensors: Tensor) -> Any:
-    """What runs `op` for these tensors: `resolve(...).backend.stages`; logs the choice where it is a new one."""
+def choose(op: str, request: str, *tensors: Tensor) -> Backend:
+    """`resolve(...).backend`; logs the choice where it is a new one."""
     backend, reason = resolve(op, request, *tensors)
     if (op, backend.name) not in _announced:
         _announced.add((op, backend.name))
         logger.info("%s runs on backend %s (%s)", op, backend.name, reason)
-    return backend.stages
+    return backend
+
+
+def stages_for(op: str, request: str, *tensors: Tensor) -> Any:
+    """What runs `op` for these tensors; logs the choice where it is a new one."""
+    return choose(op, request, *tensors).stages
 
 
 def table() -> list[dict[str, str]]:

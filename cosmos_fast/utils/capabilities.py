@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -44,7 +45,7 @@ def _flash_attn_fault(spec: ModuleSpec, _: Distribution | None) -> str | None:
     # flash-attn-4 leaves an importable, empty `flash_attn` behind: only the function tells.
     if spec.origin is None:
         return "an empty namespace (flash-attn-4 alone): flash_attn.flash_attn_func is missing"
-    module = importlib.import_module("flash_attn")
+    module = importlib.import_module(spec.name)
     return None if hasattr(module, "flash_attn_func") else "flash_attn.flash_attn_func is missing"
 
 
@@ -59,6 +60,12 @@ def _apex_fault(spec: ModuleSpec, found: Distribution | None) -> str | None:
 PACKAGES = (
     OptionalPackage("triton", "triton", ("triton", "pytorch-triton"), "GPU kernels fall back to torch operations"),
     OptionalPackage("flash_attn", "flash_attn", ("flash-attn",), "attention runs on torch SDPA", _flash_attn_fault),
+    OptionalPackage(
+        "flash_attn_3",
+        "flash_attn_interface",
+        ("flash-attn-3", "flash_attn_3", "flashattn-hopper"),
+        "attention on Hopper runs on version 2 or torch",
+    ),
     OptionalPackage("xformers", "xformers", ("xformers",), "attention runs on torch SDPA"),
     OptionalPackage("deepspeed", "deepspeed", ("deepspeed",), "no ZeRO, no multi-node launcher"),
     OptionalPackage(
@@ -94,6 +101,15 @@ def package_status(package: OptionalPackage) -> PackageStatus:
     except BaseException as error:  # a broken package may raise anything
         status, fault = "unusable", f"import fails: {type(error).__name__}: {error}"
     return PackageStatus(package.name, status, version, fault or "", package.without_it)
+
+
+@functools.cache
+def why_unusable(name: str) -> str | None:
+    """None where the package of this name in PACKAGES is present, else the reason, for a message."""
+    status = package_status(next(package for package in PACKAGES if package.name == name))
+    if status.status == "present":
+        return None
+    return f"{name} is not installed" if status.status == "absent" else f"{name}: {status.note}"
 
 
 def _distribution(name: str) -> Distribution | None:
