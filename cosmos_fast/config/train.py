@@ -64,10 +64,11 @@ class RunConfig:
 
     out_dir: parent of the run folder `<out_dir>/<name>`. epochs: passes over the data; max_steps, where set, replaces
     it (optimizer steps; the schedules span it). batch_size: samples a rank and micro-batch. accumulate_steps:
-    micro-batches an optimizer step, each with its own negatives. world_size_hint: ranks the recipe was published with
-    (0: any). threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a
-    checkpoint is always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row
-    with NaN or Inf before the run stops.
+    micro-batches an optimizer step. negatives: what each sample is held against: "micro", the samples of its
+    micro-batch; "all", those of the whole step, as if it were one batch, for a second forward pass of all micro-batches
+    but one. world_size_hint: ranks the recipe was published with (0: any). threads: CPU threads, None leaves torch's
+    choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is always written at the end). keep_checkpoints:
+    newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf before the run stops.
     """
 
     out_dir: str = "runs"
@@ -75,6 +76,7 @@ class RunConfig:
     max_steps: int | None = None
     batch_size: int = 64
     accumulate_steps: int = 1
+    negatives: Literal["micro", "all"] = "micro"
     world_size_hint: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
@@ -133,9 +135,9 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", self.name) is not None,
