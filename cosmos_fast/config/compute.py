@@ -39,6 +39,10 @@ class ComputeConfig:
         require_choice("compute.linear", self.linear, ("plain", "fp8"))
         require_choice("compute.fp8_backend", self.fp8_backend, ("auto", "torchao", "te"))
         require(
+            not (self.compile and self.layer_norm == "apex"),
+            "compute.compile=true makes layer norms of its own: set compute.layer_norm=torch, or compute.compile=false",
+        )
+        require(
             self.linear == "fp8" or self.fp8_backend == "auto",
             f"compute.fp8_backend is {self.fp8_backend!r}, but compute.linear is 'plain': set compute.linear=fp8",
         )

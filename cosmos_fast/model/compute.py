@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
+from torch import nn
 
 from cosmos_fast.config import ComputeConfig
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.model.cross_pool import CrossAttentionPool
+from cosmos_fast.model.savings import Savings
+from cosmos_fast.utils import nvidia_apex
+from cosmos_fast.utils.capabilities import why_unusable
 from cosmos_fast.utils.errors import UserError
 
+COMPILER = "inductor"
+_HERE = ("compile", "checkpoint_activations", "layer_norm")
 _ELSEWHERE = ("optimizer",)  # fields that are not about the model
 
 
@@ -21,5 +31,36 @@ def apply_compute(model: CosmosModel, compute: ComputeConfig, device: torch.devi
     """
     for field in fields(compute):
         value = getattr(compute, field.name)
-        if value != field.default and field.name not in _ELSEWHERE:
+        if value != field.default and field.name not in (*_HERE, *_ELSEWHERE):
             raise UserError(f"compute.{field.name}={value} is not implemented yet: leave it at {field.default}")
+    if compute.compile and (reason := why_no_compiler(device)) is not None:
+        raise UserError(f"compute.compile=true needs a compiler, but {reason}: set compute.compile=false")
+    if compute.layer_norm == "apex":
+        _use_fused_layer_norm(model, nvidia_apex.fused_layer_norm(device))
+    savings = Savings(compute.checkpoint_activations, COMPILER if compute.compile else None)
+    for block in (*model.transformer.blocks, *model.visual.transformer.blocks):
+        block.savings = savings
+
+
+def _use_fused_layer_norm(model: nn.Module, make: Callable[..., nn.Module]) -> None:
+    """Layer norms of the towers by another class, with the same parameters; the poolers have their own arithmetic."""
+    for parent in model.modules():
+        if isinstance(parent, CrossAttentionPool):
+            continue
+        for name, plain in list(parent.named_children()):
+            if type(plain) is nn.LayerNorm:
+                fused = make(plain.normalized_shape[0], eps=plain.eps)
+                fused.weight, fused.bias = plain.weight, plain.bias
+                setattr(parent, name, fused)
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """What torch.compile misses to make code for `device`, None for nothing."""
+    if device.type == "cpu":
+        name = os.environ.get("CXX", "g++")
+        return None if shutil.which(name) else f"{name} is not found (CXX names another one)"
+    if (reason := why_unusable("triton")) is not None:
+        return reason
+    # Triton builds the host side of its kernels with a C compiler.
+    names = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name]
+    return None if any(map(shutil.which, names)) else "no C compiler is found (gcc, clang; CC names another one)"

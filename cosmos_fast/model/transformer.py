@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from cosmos_fast.model.attention import PackedSelfAttention
 from cosmos_fast.model.packing import PackedLayout
+from cosmos_fast.model.savings import Savings, recomputed
 
 
 class Mlp(nn.Module):
@@ -24,7 +26,9 @@ class Mlp(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x))."""
+    """x + attention(LN(x)), then x + MLP(LN(x)). `savings` says how its parts run."""
+
+    savings = Savings()
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -34,27 +38,43 @@ class ResidualBlock(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
-        return self._finish(x_TD, self.attn.attend(self._project(x_TD), layout))
+        return self._keeping(self._all_rows, x_TD, layout)
 
     def forward_kept(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """The same on the rows that are read afterwards: [T, D] -> [kept rows, D]."""
-        q_KD, kv_T2D = self._project_kept(x_TD, layout.kept_rows)
-        return self._finish(x_TD.index_select(0, layout.kept_rows), self.attn.attend_kept(q_KD, kv_T2D, layout))
+        return self._keeping(self._kept_rows, x_TD, layout)
 
     def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
         """The same with correlative self-attention."""
-        return self._finish(x_TD, self.attn.attend_csa(self._project(x_TD), layout))
+        qkv_T3D = self.savings.run(ResidualBlock.project, self, x_TD)
+        return self.savings.run(ResidualBlock.finish, self, x_TD, self.attn.attend_csa(qkv_T3D, layout))
 
-    def _project(self, x_TD: Tensor) -> Tensor:
+    def project(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, 3 D]: what the attention takes."""
         return self.attn.project(self.ln_1(x_TD))
 
-    def _project_kept(self, x_TD: Tensor, kept_rows_K: Tensor) -> tuple[Tensor, Tensor]:
-        return self.attn.project_kept(self.ln_1(x_TD), kept_rows_K)
+    def project_kept(self, x_TD: Tensor, kept_rows_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> [K, D], [T, 2 D], [K, D]: what the attention takes, and the rows of x that are read."""
+        return *self.attn.project_kept(self.ln_1(x_TD), kept_rows_K), x_TD.index_select(0, kept_rows_K)
 
-    def _finish(self, x_TD: Tensor, mixed_TD: Tensor) -> Tensor:
-        """What follows the attention, whose outputs are `mixed_TD`."""
+    def finish(self, x_TD: Tensor, mixed_TD: Tensor) -> Tensor:
+        """The rest of the block, from its input and what the attention gave."""
         x_TD = x_TD + self.attn.out_proj(mixed_TD)
+        return recomputed(self._feed_forward, x_TD) if self.savings.recompute == "mlp" else self._feed_forward(x_TD)
+
+    def _feed_forward(self, x_TD: Tensor) -> Tensor:
         return x_TD + self.mlp(self.ln_2(x_TD))
+
+    def _keeping(self, run: Callable[[Tensor, PackedLayout], Tensor], x_TD: Tensor, layout: PackedLayout) -> Tensor:
+        return recomputed(run, x_TD, layout) if self.savings.recompute == "blocks" else run(x_TD, layout)
+
+    def _all_rows(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
+        qkv_T3D = self.savings.run(ResidualBlock.project, self, x_TD)
+        return self.savings.run(ResidualBlock.finish, self, x_TD, self.attn.attend(qkv_T3D, layout))
+
+    def _kept_rows(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
+        q_KD, kv_T2D, x_KD = self.savings.run(ResidualBlock.project_kept, self, x_TD, layout.kept_rows)
+        return self.savings.run(ResidualBlock.finish, self, x_KD, self.attn.attend_kept(q_KD, kv_T2D, layout))
 
 
 class Transformer(nn.Module):
