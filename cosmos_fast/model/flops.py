@@ -1,8 +1,9 @@
 """Floating-point operations of a training step, counted from the architecture.
 
 A multiply-add counts two. Matrix products and attention are counted, as is usual for model FLOPs utilisation; norms,
-activations and the optimizer are not. Padding that packing adds is left out, so the count is that of the work the
-result needs.
+activations and the optimizer are not. Padding that packing adds is left out, and so is whatever is computed a second
+time to save memory (logits in the loss's backward, checkpointed activations, features of accumulated micro-batches):
+the count is that of the work the result needs.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from cosmos_fast.config import ModelConfig, ViewsConfig
 
 @dataclass(frozen=True)
 class SampleFlops:
-    """FLOPs of one sample; `loss` covers its forward and backward."""
+    """FLOPs of one sample; `loss` covers its forward and backward. loss_recomputed: logits that the loss's backward
+    forms anew, which `training` leaves out."""
 
     student_forward: float
     student_backward: float
     teacher_forward: float
     loss: float
+    loss_recomputed: float
 
     @property
     def training(self) -> float:
@@ -29,7 +32,12 @@ class SampleFlops:
 
 
 def sample_flops(
-    config: ModelConfig, views: ViewsConfig, *, caption_tokens: Sequence[float] | None = None, global_batch: int = 1
+    config: ModelConfig,
+    views: ViewsConfig,
+    *,
+    caption_tokens: Sequence[float] | None = None,
+    global_batch: int = 1,
+    pruned: bool = True,
 ) -> SampleFlops:
     """FLOPs of one training sample.
 
@@ -38,6 +46,8 @@ def sample_flops(
         views: how many crops and captions, and their sizes.
         caption_tokens: tokens up to EOT of each caption view, globals first; None counts full contexts.
         global_batch: samples that share the loss, over all ranks.
+        pruned: count of the last blocks only the rows that are read; False counts every row, which is what other
+            programs call the FLOPs of such a model.
     """
     side, local_side = config.vision.image_size, views.local_image_size
     sides = [side] * views.global_crops + [local_side] * views.local_crops
@@ -47,20 +57,24 @@ def sample_flops(
     # Every product of the forward has two in the backward, but pixels need no gradient.
     no_gradient = sum(_patch_embedding(config, side) for side in sides)
     pair_products = 2 * global_batch * config.embed_dim
+    # Views whose last block makes all rows.
+    none, first = (0, 1) if pruned else (len(sides) + len(tokens),) * 2
     if not config.crossmodal:
-        student = _images(config, sides, kept=0) + _captions(config, tokens, kept=0)
+        student = _images(config, sides, none) + _captions(config, tokens, none)
         pairs = len(sides) * len(tokens)
-        # forward, recomputation, gradients of both sides
-        return SampleFlops(student, 2 * student - no_gradient, 0.0, 4 * pairs * pair_products)
-    student = _images(config, sides, kept=1) + _captions(config, [context, *tokens[1:]], kept=1)
+        # forward, and gradients of both sides
+        loss = 3 * pairs * pair_products
+        return SampleFlops(student, 2 * student - no_gradient, 0.0, loss, pairs * pair_products)
+    student = _images(config, sides, first) + _captions(config, [context, *tokens[1:]], first)
     student += _pooling(config, len(sides), context, config.text.width)
     student += _pooling(config, len(tokens), (side // config.vision.patch_size) ** 2, config.vision.width)
     globals_only = sides[: views.global_crops], tokens[: views.global_captions]
-    teacher = _images(config, globals_only[0], kept=0) + _captions(config, globals_only[1], kept=0)
+    teacher = _images(config, globals_only[0], none) + _captions(config, globals_only[1], none)
     clip_pairs = views.global_crops * len(tokens)
     distill_pairs = (len(sides) + len(tokens)) * (views.global_crops + views.global_captions)
-    loss = (4 * clip_pairs + 3 * distill_pairs) * pair_products
-    return SampleFlops(student, 2 * student - no_gradient, teacher, loss)
+    loss = (3 * clip_pairs + 2 * distill_pairs) * pair_products  # no gradient to the teacher
+    recomputed = (clip_pairs + distill_pairs) * pair_products
+    return SampleFlops(student, 2 * student - no_gradient, teacher, loss, recomputed)
 
 
 def _images(config: ModelConfig, sides: Sequence[int], kept: int) -> float:
