@@ -1,16 +1,20 @@
-"""Multi-head self-attention over packed sequences.
+"""The projections around multi-head self-attention over packed sequences.
 
 Parameters carry the names of `nn.MultiheadAttention` (`in_proj_weight`, `in_proj_bias`, `out_proj`), so that stock
-checkpoints load. Axes: T packed tokens, N sequences of a group, L tokens, D width, H heads, d head width.
+checkpoints load. The attention itself is `ops.attention.packed_attention`.
+Axes: T packed tokens, K kept rows, N sequences of a group, L tokens, D width, H heads, d head width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos_fast.model.packing import PackedLayout, SequenceGroup
+from cosmos_fast.model.packing import PackedLayout
+from cosmos_fast.ops.attention import Sequences, packed_attention
 
 
 class AttentionProjections(nn.Module):
@@ -32,6 +36,8 @@ class PackedSelfAttention(AttentionProjections):
     stands for the rows that are read afterwards.
     """
 
+    in_proj_product: tuple[Callable[[Tensor], Tensor], ...] = ()  # of project(), where something else makes it (fp8)
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width)
         if width % heads:
@@ -40,6 +46,8 @@ class PackedSelfAttention(AttentionProjections):
 
     def project(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, 3 D]: queries, keys and values."""
+        if self.in_proj_product:
+            return self.in_proj_product[0](x_TD)
         return F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
 
     def project_kept(self, x_TD: Tensor, kept_rows_K: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,53 +60,31 @@ class PackedSelfAttention(AttentionProjections):
 
     def attend(self, qkv_T3D: Tensor, layout: PackedLayout) -> Tensor:
         """[T, 3 D] -> [T, D], every token attending within its sequence."""
-        parts = zip(qkv_T3D.split(layout.token_counts), layout.groups, strict=True)
-        return torch.cat([_attend_all(qkv, group, self.heads, layout.causal) for qkv, group in parts])
+        q_THd, k_THd, v_THd = self._split_heads(qkv_T3D, parts=3)
+        return _attend(q_THd, k_THd, v_THd, layout.sequences, layout)
 
     def attend_kept(self, q_KD: Tensor, kv_T2D: Tensor, layout: PackedLayout) -> Tensor:
         """[K, D], [T, 2 D] -> [K, D]: the rows that are read, attending to every token of their sequence."""
-        parts = zip(q_KD.split(layout.kept_counts), kv_T2D.split(layout.token_counts), layout.groups, strict=True)
-        return torch.cat([_attend_kept(q, kv, group, self.heads, layout.causal) for q, kv, group in parts])
+        (q_KHd,) = self._split_heads(q_KD, parts=1)
+        k_THd, v_THd = self._split_heads(kv_T2D, parts=2)
+        return _attend(q_KHd, k_THd, v_THd, layout.kept_sequences, layout)
 
     def attend_csa(self, qkv_T3D: Tensor, layout: PackedLayout) -> Tensor:
         """Correlative self-attention for dense features: weights softmax(q q^T) + softmax(k k^T), full attention."""
         outputs = []
         for qkv, group in zip(qkv_T3D.split(layout.token_counts), layout.groups, strict=True):
-            q, k, v = _split_heads(qkv, group, self.heads, parts=3)
+            by_sequence = (part.unflatten(0, (group.count, group.length)) for part in self._split_heads(qkv, parts=3))
+            q, k, v = (part.transpose(1, 2) for part in by_sequence)
             scaling = q.shape[-1] ** -0.5
             weights = (q @ q.mT * scaling).softmax(-1) + (k @ k.mT * scaling).softmax(-1)
-            outputs.append(_merge_heads(weights @ v))
+            outputs.append((weights @ v).transpose(1, 2).flatten(2).flatten(0, 1))
         return torch.cat(outputs)
 
-
-def _attend_all(qkv: Tensor, group: SequenceGroup, heads: int, causal: bool) -> Tensor:
-    q, k, v = _split_heads(qkv, group, heads, parts=3)
-    return _merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-
-
-def _attend_kept(q: Tensor, kv: Tensor, group: SequenceGroup, heads: int, causal: bool) -> Tensor:
-    k, v = _split_heads(kv, group, heads, parts=2)
-    if group.keep_all:
-        (q,) = _split_heads(q, group, heads, parts=1)
-        return _merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-    q_NH1d = q.view(group.count, 1, heads, -1).transpose(1, 2)
-    mask = _visible_from_pooled(group, q.device) if causal else None
-    return _merge_heads(F.scaled_dot_product_attention(q_NH1d, k, v, attn_mask=mask))
+    def _split_heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[T, parts * D] -> `parts` views [T, H, d]."""
+        return packed.unflatten(1, (parts, self.heads, -1)).unbind(1)
 
 
-def _visible_from_pooled(group: SequenceGroup, device: torch.device) -> Tensor | None:
-    """Boolean mask [N, 1, 1, L] of the keys that each pooled token may see; None when it sees them all."""
-    if all(position == group.length - 1 for position in group.pooled):
-        return None
-    last_visible = torch.tensor(group.pooled, device=device).view(-1, 1, 1, 1)
-    return torch.arange(group.length, device=device) <= last_visible
-
-
-def _split_heads(packed: Tensor, group: SequenceGroup, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """[N*L, parts*D] -> `parts` tensors [N, H, L, d]."""
-    return packed.view(group.count, group.length, parts, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _merge_heads(x_NHLd: Tensor) -> Tensor:
-    """[N, H, L, d] -> [N*L, D]."""
-    return x_NHLd.transpose(1, 2).flatten(2).flatten(0, 1)
+def _attend(q_KHd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences, layout: PackedLayout) -> Tensor:
+    out_KHd = packed_attention(q_KHd, k_THd, v_THd, sequences, causal=layout.causal, backend=layout.backend)
+    return out_KHd.flatten(1)

@@ -73,6 +73,19 @@ class CosmosModel(TextTower):
             self.visual.attn_cross_pool = CrossAttentionPool(dim, config.pool_heads)
             self.text_attn_cross_pool = CrossAttentionPool(dim, config.pool_heads)
 
+    def set_attention(self, backend: str) -> None:
+        """Choose the backend of the towers' self-attention: "auto", or one that must run.
+
+        Raises:
+            UserError: a backend that is unknown, not installed, or not for this device or these towers. What depends on
+                the precision shows in the first forward pass.
+        """
+        vision, text = self.visual, self.config.text
+        for tower, longest in ((vision.transformer, vision.grid**2 + 1), (self.transformer, text.context_length)):
+            if backend != "auto":
+                tower.attention_backend(longest, longest, request=backend, dtype=torch.bfloat16)
+        vision.transformer.attention = self.transformer.attention = backend
+
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
         """Images [B, 3, H, W] -> features [B, D]."""
         features_BD = self.visual([images_BCHW]).features_ND

@@ -41,15 +41,22 @@ class TextTower(nn.Module):
         self._init_text(width, layers)
 
     def run_text(self, token_ids_NL: Tensor, keep_tokens: int = 0) -> TextOutput:
-        """Encode captions [N, L]; the first `keep_tokens` also return all their tokens."""
-        context = self.positional_embedding.shape[0]
-        if token_ids_NL.shape[1] > context:
-            raise ValueError(f"captions of {token_ids_NL.shape[1]} tokens do not fit a context of {context}")
-        text = pack_text(token_ids_NL, keep_tokens)
+        """Encode captions [N, L]; the first `keep_tokens` also return all their tokens.
+
+        Captions may stay on the host: they are trimmed and packed there, and only what is left moves to the model's
+        device. Those that lie on a GPU are fetched first, which waits for it.
+        """
+        context, length = self.positional_embedding.shape[0], token_ids_NL.shape[1]
+        if length > context:
+            raise ValueError(
+                f"captions of {length} tokens do not fit a context of {context}: tokenize them with "
+                f"context_length={context}, or use a model with a longer one"
+            )
+        backend = self.transformer.attention_backend(tokens=token_ids_NL.numel(), longest=length)
+        text = pack_text(token_ids_NL, keep_tokens, backend=backend, device=self.positional_embedding.device)
         x_TW = self.token_embedding(text.token_ids) + self.positional_embedding[text.positions]
         kept_KW = self.transformer(x_TW, text.layout)
         features_ND = self.ln_final(kept_KW.index_select(0, text.layout.pooled_in_kept)) @ self.text_projection
-        features_ND = torch.empty_like(features_ND).index_copy(0, text.order, features_ND)
         if not keep_tokens:
             return TextOutput(features_ND, None)
         first = text.layout.groups[0]

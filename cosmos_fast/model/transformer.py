@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_fast.model.attention import PackedSelfAttention
 from cosmos_fast.model.packing import PackedLayout
 from cosmos_fast.model.savings import Savings, recomputed
+from cosmos_fast.ops.attention import choose_attention
 
 
 class Mlp(nn.Module):
@@ -78,10 +80,17 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of residual blocks."""
+    """A stack of residual blocks.
+
+    attention: backend of its self-attention, "auto" or a name. prune: the last block makes only the rows that are read;
+    without, all of them, for tests.
+    """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.attention = "auto"
+        self.prune = True
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
 
     @property
@@ -93,6 +102,8 @@ class Transformer(nn.Module):
         *blocks, last = self.blocks
         for block in blocks:
             x_TD = block(x_TD, layout)
+        if not self.prune:
+            return last(x_TD, layout).index_select(0, layout.kept_rows)
         return last.forward_kept(x_TD, layout)
 
     def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
@@ -101,3 +112,31 @@ class Transformer(nn.Module):
         for block in blocks:
             x_TD = block(x_TD, layout)
         return last.forward_csa(x_TD, layout)
+
+    def attention_backend(
+        self, tokens: int, longest: int, *, request: str | None = None, dtype: torch.dtype | None = None
+    ) -> str:
+        """The backend that runs on about so many tokens in sequences of at most `longest`.
+
+        request: other than `self.attention`. dtype: of the queries, if not that of the weights under autocast.
+
+        Raises:
+            UserError: the backend asked for cannot run.
+        """
+        weight = self.blocks[0].attn.in_proj_weight
+        return choose_attention(
+            request or self.attention,
+            tokens=tokens,
+            longest=longest,
+            heads=self.heads,
+            width=self.head_width,
+            dtype=dtype or product_dtype(weight),
+            device=weight.device,
+        )
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with this weight, as autocast has it."""
+    device = weight.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts and weight.dtype != torch.float64 else weight.dtype

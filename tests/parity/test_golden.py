@@ -24,7 +24,9 @@ from cosmos_fast.config import (
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.loss import CosmosLossOutput
 from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
+from tests import attention_fakes
 from tests.golden import GOLDEN_FILES, Golden, assert_close_to_max, without_key_bias
 
 FORWARD_RTOL = 1e-5
@@ -57,17 +59,20 @@ def model_config(golden: Golden) -> ModelConfig:
     )
 
 
-def model(golden: Golden, prefix: str) -> CosmosModel:
+def model(golden: Golden, prefix: str, attention: str = "auto", prune: bool = True) -> CosmosModel:
     built = create_model(model_config(golden))
     built.load_reference_state_dict(golden.part(prefix))
+    built.set_attention(attention)
+    built.transformer.prune = built.visual.transformer.prune = prune
     return built
 
 
 def forward(golden: Golden, student: CosmosModel) -> tuple[CosmosFeatures, TeacherFeatures]:
     images, texts = golden.images("input."), golden.tensors["input.text"]
     with torch.no_grad():
-        teacher = model(golden, "teacher.").encode_views(images[:2], texts[:2])
-    return student(images, texts), teacher
+        teacher = model(golden, "teacher.", student.transformer.attention, student.transformer.prune)
+        teacher_features = teacher.encode_views(images[:2], texts[:2])
+    return student(images, texts), teacher_features
 
 
 def test_there_is_a_golden_file() -> None:
@@ -75,7 +80,10 @@ def test_there_is_a_golden_file() -> None:
 
 
 def test_features(golden: Golden) -> None:
-    student, teacher = forward(golden, model(golden, "student."))
+    check_features(golden, *forward(golden, model(golden, "student.")))
+
+
+def check_features(golden: Golden, student: CosmosFeatures, teacher: TeacherFeatures) -> None:
     found = {
         "student.image_features": student.image,
         "student.text_features": student.text,
@@ -92,7 +100,22 @@ def test_features(golden: Golden) -> None:
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_losses_and_every_gradient(golden: Golden, backend: str) -> None:
     student = model(golden, "student.")
-    losses = CosmosLoss(backend=backend)(*forward(golden, student))
+    check_losses_and_gradients(golden, student, CosmosLoss(backend=backend)(*forward(golden, student)))
+
+
+@pytest.mark.parametrize("prune", [True, False], ids=["pruned", "unpruned"])
+@pytest.mark.parametrize("attention", ["sdpa", *attention_fakes.FAKES])
+def test_every_attention_backend(golden: Golden, attention: str, prune: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that need a GPU or a package run on stand-ins."""
+    if attention in attention_fakes.FAKES:
+        attention = attention_fakes.use(attention, monkeypatch)
+    student = model(golden, "student.", attention, prune)
+    features = forward(golden, student)
+    check_features(golden, *features)
+    check_losses_and_gradients(golden, student, CosmosLoss()(*features))
+
+
+def check_losses_and_gradients(golden: Golden, student: CosmosModel, losses: CosmosLossOutput) -> None:
     losses.total.backward()
     assert_close_to_max(losses.clip, golden.tensors["out.clip_loss"], FORWARD_RTOL, "clip_loss")
     assert_close_to_max(losses.distill, golden.tensors["out.distill_loss"], FORWARD_RTOL, "distill_loss")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 import cosmos_fast
 from cosmos_fast import create_model
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
-from cosmos_fast.model.vision import resize_matrix
+from cosmos_fast.model.vision import crop_layout, resize_matrix
 from cosmos_fast.utils.errors import UserError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -65,6 +66,54 @@ def test_crops_of_mixed_sizes_keep_their_order(model, sides):
     alone = torch.stack([model.encode_image(image) for image in images])
     torch.testing.assert_close(model(images, texts).image, alone)
     torch.testing.assert_close(model.encode_views(images, texts).image, alone)
+
+
+@pytest.mark.parametrize("crossmodal", [True, False])
+def test_a_forward_pass_reads_nothing_back_from_the_device(crossmodal):
+    """Meta tensors have no values: whoever asked for one would fail. Captions are packed on the host."""
+    model = create_model(replace(TINY, crossmodal=crossmodal)).to("meta")
+    images, texts = [image.to("meta") for image in _images(3, 32, 16)], _texts(2, 3)
+    features = model(images, texts)
+    assert features.image.is_meta
+    assert features.text.shape == (2, 3, 16)
+    assert model.encode_views(images, texts).text.is_meta
+
+
+def test_captions_may_stay_on_the_host_or_not(model):
+    images, texts = _images(3, 32, 16), _texts(2, 3)
+    assert model.to("meta").run_text(texts.flatten(0, 1)).features_ND.is_meta
+    with pytest.raises(NotImplementedError, match="meta"):  # fetched, which a meta tensor cannot be
+        model([image.to("meta") for image in images], texts.to("meta"))
+
+
+def test_what_is_cached_in_inference_mode_serves_training(model):
+    """Layouts and position-resize matrices are made once, for whoever comes first."""
+    images, texts = _images(2, 32, 16, 24), _texts(2, 2)
+    crop_layout.cache_clear()
+    resize_matrix.cache_clear()
+    with torch.inference_mode():
+        expected = model.encode_views(images, texts)
+    found = model.encode_views(images, texts)
+    (found.image.sum() + found.text.sum()).backward()
+    torch.testing.assert_close(found.image, expected.image.clone())
+    assert model.visual.positional_embedding.grad.abs().sum() > 0
+
+
+def test_a_layout_is_made_once_for_the_sizes_of_a_run(model):
+    crop_layout.cache_clear()
+    for _ in range(2):
+        model(_images(3, 32, 16, 16), _texts(2, 3))
+    assert crop_layout.cache_info()[:2] == (1, 1)  # hits, misses
+
+
+def test_an_attention_backend_that_cannot_run_is_refused_at_once(model):
+    with pytest.raises(UserError, match="unknown backend 'fast'; choose one of auto, "):
+        model.set_attention("fast")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="'varlen' was asked for but cannot run: "):
+            model.set_attention("varlen")
+    model.set_attention("sdpa")
+    assert model.visual.transformer.attention == model.transformer.attention == "sdpa"
 
 
 def test_text_features_do_not_depend_on_company(model):
@@ -169,7 +218,11 @@ def test_every_parameter_is_initialised_and_trained(model):
         ([torch.randn(2, 3, 32, 32)], _texts(1, 2)[0], "captions of shape"),
         ([], _texts(1, 2), "got 0 image views"),
         ([torch.randn(3, 3, 32, 32)], _texts(1, 2), r"images\[0\] has shape \(3, 3, 32, 32\), expected \[2, 3, H, W\]"),
-        ([torch.randn(2, 3, 30, 32)], _texts(1, 2), "30 x 32 px is not divisible by the patch size 8"),
+        (
+            [torch.randn(2, 3, 30, 32)],
+            _texts(1, 2),
+            "30 x 32 px is not divisible by the patch size 8: give sides that are multiples of 8",
+        ),
     ],
 )
 def test_views_that_do_not_fit_are_named(model, images, texts, message):

@@ -9,6 +9,7 @@ from torch import nn
 from cosmos_fast.config import TextConfig
 from cosmos_fast.model.packing import pack_text
 from cosmos_fast.model.text import TextTower
+from tests import attention_fakes
 
 EOT = 99
 CONFIG = TextConfig(context_length=20, vocab_size=100, width=24, heads=3, layers=3)
@@ -71,6 +72,40 @@ def test_packed_text_equals_padded_text(lengths, keep):
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", attention_fakes.FAKES)
+def test_exact_packing_equals_rounded_packing(backend, monkeypatch):
+    """A backend that takes any lengths gets each caption at its own; same features, tokens and gradients."""
+    torch.manual_seed(0)
+    tower = TextTower(CONFIG, embed_dim=16).double()
+    captions = _captions([9, 2, 20, 7, 7, 3, 12, 20, 4])
+    outcomes = []
+    for name in ("sdpa", attention_fakes.use(backend, monkeypatch)):
+        tower.transformer.attention = name
+        found = tower.run_text(captions, keep_tokens=2)
+        loss = found.features_ND.square().sum() + found.tokens_MLW.pow(3).sum()
+        outcomes.append([found.features_ND, found.tokens_MLW, *torch.autograd.grad(loss, list(tower.parameters()))])
+    for exact, rounded in zip(*outcomes, strict=True):
+        torch.testing.assert_close(exact, rounded)
+
+
+def test_exact_packing_has_a_group_for_every_length():
+    packed = pack_text(_captions([9, 3, 20, 4, 4]), keep_all=1, backend="varlen")
+    assert [(group.count, group.length) for group in packed.layout.groups] == [(1, 20), (1, 3), (2, 4), (1, 20)]
+    assert packed.layout.sequences.cu_queries.tolist() == [0, 20, 23, 27, 31, 51]
+    assert packed.layout.kept_sequences.cu_queries.tolist() == [0, 20, 21, 22, 23, 24]
+    assert packed.layout.kept_rows.tolist() == [*range(20), 22, 26, 30, 50]
+    assert packed.layout.pooled_in_kept.tolist() == [8, 20, 23, 21, 22]  # in the order of the captions
+    assert packed.positions.tolist() == [*range(20), *range(3), *range(4), *range(4), *range(20)]
+    assert not packed.layout.kept_sequences.rounded
+
+
+def test_captions_move_after_they_are_packed():
+    packed = pack_text(_captions([9, 3, 20]), device=torch.device("meta"))
+    assert packed.token_ids.is_meta
+    assert packed.layout.kept_sequences.cu_keys.is_meta
+    assert packed.layout.kept_sequences.cu_keys is packed.layout.sequences.cu_keys
+
+
 def test_nothing_is_computed_for_padding():
     captions = _captions([3, 3, 3, 5] * 40)
     packed = pack_text(captions)
@@ -85,5 +120,7 @@ def test_few_captions_share_a_group_rather_than_pay_a_call_each():
 
 
 def test_caption_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="captions of 21 tokens do not fit a context of 20"):
+    with pytest.raises(
+        ValueError, match="captions of 21 tokens do not fit a context of 20: tokenize them with context_length=20"
+    ):
         TextTower(CONFIG, embed_dim=8).run_text(_captions([4], context=21))
