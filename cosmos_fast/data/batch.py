@@ -12,9 +12,10 @@ class Batch:
     """One rank's part of a global batch. V views, B samples a rank, L tokens; views stand globals first.
 
     images: V tensors [B, 3, H, W], float32, normalised; global and local crops differ in H and W. texts: int64
-    [V, B, L]. keys: the B sample keys. position: global sample number of the first sample of the *global* batch.
-    next_position: that of the batch after it; saving it is all that a resume needs. caption_tokens: mean tokens up to
-    EOT of each caption view, counted on the host; empty where nobody counted.
+    [V, B, L], on the host: the model packs them there, so that no step waits for a GPU to tell their lengths. keys: the
+    B sample keys. position: global sample number of the first sample of the *global* batch. next_position: that of the
+    batch after it; saving it is all that a resume needs. caption_tokens: mean tokens up to EOT of each caption view,
+    counted on the host; empty where nobody counted.
     """
 
     images: list[torch.Tensor]
@@ -25,9 +26,5 @@ class Batch:
     caption_tokens: tuple[float, ...] = ()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            images=[image.to(device, non_blocking=non_blocking) for image in self.images],
-            texts=self.texts.to(device, non_blocking=non_blocking),
-        )
+        """The same batch with its images on `device`."""
+        return replace(self, images=[image.to(device, non_blocking=non_blocking) for image in self.images])

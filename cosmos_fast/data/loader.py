@@ -37,7 +37,7 @@ def build_loader(
 ) -> Loader:
     """Open the sources and return the loader of one rank, at `start_position`.
 
-    image_size: side of a global crop, pixels. batch_size: per rank. device: where batches are put; crops travel there
+    image_size: side of a global crop, pixels. batch_size: per rank. device: where images are put; they travel there
     as bytes, and a GPU also recolours them. UserError: no source, a missing shard, a source without samples.
     """
     if not config.train:
@@ -145,7 +145,7 @@ class Loader:
         images = [normalize(self._recolored(stack)) for stack in raw.stacks]
         return Batch(
             images=[view for views in images for view in views.unbind(0)],
-            texts=raw.texts.to(self.device, non_blocking=True),
+            texts=raw.texts,
             keys=raw.keys,
             position=position,
             next_position=self.position,
