@@ -73,8 +73,9 @@ class CosmosModel(TextTower):
             self.visual.attn_cross_pool = CrossAttentionPool(dim, config.pool_heads)
             self.text_attn_cross_pool = CrossAttentionPool(dim, config.pool_heads)
 
-    def set_attention(self, backend: str) -> None:
-        """Choose the backend of the towers' self-attention: "auto", or one that must run.
+    def set_attention(self, backend: str, device: torch.device | None = None) -> None:
+        """Choose the backend of the towers' self-attention: "auto", or one that must run on `device` (None: where the
+        model is).
 
         Raises:
             UserError: a backend that is unknown, not installed, or not for this device or these towers. What depends on
@@ -83,7 +84,7 @@ class CosmosModel(TextTower):
         vision, text = self.visual, self.config.text
         for tower, longest in ((vision.transformer, vision.grid**2 + 1), (self.transformer, text.context_length)):
             if backend != "auto":
-                tower.attention_backend(longest, longest, request=backend, dtype=torch.bfloat16)
+                tower.attention_backend(longest, longest, request=backend, dtype=torch.bfloat16, device=device)
         vision.transformer.attention = self.transformer.attention = backend
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:

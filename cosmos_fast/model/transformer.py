@@ -114,11 +114,17 @@ class Transformer(nn.Module):
         return last.forward_csa(x_TD, layout)
 
     def attention_backend(
-        self, tokens: int, longest: int, *, request: str | None = None, dtype: torch.dtype | None = None
+        self,
+        tokens: int,
+        longest: int,
+        *,
+        request: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
     ) -> str:
         """The backend that runs on about so many tokens in sequences of at most `longest`.
 
-        request: other than `self.attention`. dtype: of the queries, if not that of the weights under autocast.
+        request: other than `self.attention`. dtype, device: of the queries, if not those of the weights under autocast.
 
         Raises:
             UserError: the backend asked for cannot run.
@@ -131,7 +137,7 @@ class Transformer(nn.Module):
             heads=self.heads,
             width=self.head_width,
             dtype=dtype or product_dtype(weight),
-            device=weight.device,
+            device=device or weight.device,
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,7 @@ def _runs_of_one_size(sizes: list[tuple[int, int]], first_alone: bool) -> tuple[
     return tuple(tuple(run) for run in by_size.values())
 
 
-@lru_cache(maxsize=64)
+@cache  # without bounds: a CUDA graph goes on reading what it was captured with
 def crop_layout(
     runs: tuple[tuple[int, ...], ...],
     counts: tuple[int, ...],
@@ -169,7 +169,7 @@ def crop_layout(
         return move(PackedLayout.build(groups, causal=False, backend=backend, order=order), device)
 
 
-@lru_cache(maxsize=64)
+@cache
 def resize_matrix(
     grid: int,
     rows: int,
