@@ -4,10 +4,12 @@ Slow and memory-hungry on purpose. Every faster implementation is tested against
 here, and nothing is written a second time elsewhere.
 
 Axes: B batch, G columns (the other side's batch), V views, L tokens, D embedding, H heads, M rows and K classes of
-dense logits.
+dense logits, T packed queries, S packed keys, d channels of a head.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -140,3 +142,43 @@ def cross_attention_pool(
         need_weights=False,
     )
     return F.normalize(queries_BVD + pooled_1ND.view(batch, views, dim), dim=-1)
+
+
+def packed_attention(
+    q_THd: Tensor,
+    k_SHd: Tensor,
+    v_SHd: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every sequence to itself, one after the other.
+
+    Args:
+        q_THd: [T, H, d], the queries of all sequences one behind the other; k_SHd, v_SHd: [S, H, d] likewise.
+        causal: query i of n sees the first m - n + i + 1 of m keys.
+
+    Returns:
+        [T, H, d] softmax-weighted sums of values, and the log-sum-exps of the scores [H, T].
+    """
+    outputs, lses = [], []
+    parts = (
+        x.split(list(lengths)) for x, lengths in ((q_THd, query_lengths), (k_SHd, key_lengths), (v_SHd, key_lengths))
+    )
+    for q_nHd, k_mHd, v_mHd in zip(*parts, strict=True):
+        scores_Hnm = torch.einsum("nhd,mhd->hnm", q_nHd, k_mHd) / q_nHd.shape[-1] ** 0.5
+        if causal:
+            seen_nm = torch.ones(scores_Hnm.shape[1:], dtype=torch.bool, device=scores_Hnm.device)
+            seen_nm = seen_nm.tril(len(k_mHd) - len(q_nHd))
+            scores_Hnm = scores_Hnm.masked_fill(~seen_nm, -float("inf"))
+        outputs.append(torch.einsum("hnm,mhd->nhd", scores_Hnm.softmax(-1), v_mHd))
+        lses.append(scores_Hnm.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(lses, 1)
+
+
+def add_layer_norm(
+    x_TD: Tensor, update_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x + update, and its LayerNorm, both in the wider dtype of x and update."""
+    y_TD = x_TD + update_TD
+    return y_TD, F.layer_norm(y_TD, y_TD.shape[1:], weight_D.to(y_TD.dtype), bias_D.to(y_TD.dtype), eps)

@@ -1,0 +1,108 @@
+"""What the Triton kernels of packed attention share on the host, without Triton: limits, tiles, runs of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cosmos_kernels import triton_support
+from cosmos_kernels.pool_parts import block_size
+
+MAX_TOKENS = 256  # keys, and queries, of a sequence: a row of scores stays in registers
+MAX_HEAD_DIM = 128
+MAX_TILE = 128  # rows or columns of a tile that several sequences share
+MAX_SHARING = 8  # sequences of one tile
+MAX_STRIDE = 2**22  # elements from token to token: offsets within a tile are 32-bit
+# What a program costs beside its products (start, latency of its loads), in scores of a tile. An estimate, not
+# measured: it is what makes three sequences of 37 tokens share a tile of 128.
+PROGRAM_COST = 4096
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive sequences that one launch handles: `count` from `first` on, none longer than these lengths."""
+
+    first: int
+    count: int
+    max_queries: int
+    max_keys: int
+
+
+def why_unsupported(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, *others: Tensor) -> str | None:
+    """None where the kernels take these tensors, else the reason. Lengths: see `why_too_long`."""
+    misplaced = triton_support.why_not_on(q_THd, k_SHd, v_SHd, *others)
+    if misplaced is not None:
+        return misplaced
+    if q_THd.dtype not in (torch.bfloat16, torch.float16) and not (
+        triton_support.INTERPRETED and q_THd.dtype == torch.float32
+    ):
+        return f"queries in {q_THd.dtype}: its products take bfloat16 or float16"
+    if q_THd.shape[-1] > MAX_HEAD_DIM:
+        return f"heads of {q_THd.shape[-1]} channels, it takes at most {MAX_HEAD_DIM}"
+    return None
+
+
+def why_too_long(max_queries: int, max_keys: int) -> str | None:
+    """None where sequences of these lengths fit a program, else the reason."""
+    longest = max(max_queries, max_keys)
+    return f"sequences of {longest} tokens, it takes at most {MAX_TOKENS}" if longest > MAX_TOKENS else None
+
+
+def sharing(max_queries: int, max_keys: int) -> int:
+    """How many sequences of these lengths one program takes: the number that costs least a sequence."""
+
+    def cost(count: int) -> float:
+        scores = block_size(count * max_queries, MAX_TOKENS) * block_size(count * max_keys, MAX_TOKENS)
+        return (scores + PROGRAM_COST) / count
+
+    fitting = [count for count in range(1, MAX_SHARING + 1) if count * max(max_queries, max_keys) <= MAX_TILE]
+    return min(fitting, key=cost, default=1)
+
+
+def runs(query_groups: Sequence[tuple[int, int]], key_groups: Sequence[tuple[int, int]]) -> list[Run]:
+    """The launches for sequences in groups of one length, [(count, length), ...] of queries and of keys.
+
+    Neighbouring groups whose lengths need the same tile share a launch, so that short sequences do not pay for long
+    ones. Both lists describe the same sequences; their groups need not begin together.
+    """
+    found: list[Run] = []
+    for count, queries, keys in _in_step(query_groups, key_groups):
+        last = found[-1] if found else None
+        if last is not None and _tile(last.max_queries, last.max_keys) == _tile(queries, keys):
+            longest = max(last.max_queries, queries), max(last.max_keys, keys)
+            found[-1] = Run(last.first, last.count + count, *longest)
+        else:
+            found.append(Run(last.first + last.count if last else 0, count, queries, keys))
+    return found
+
+
+def _tile(queries: int, keys: int) -> tuple[int, int]:
+    return block_size(queries, MAX_TOKENS), block_size(keys, MAX_TOKENS)
+
+
+def _in_step(
+    query_groups: Sequence[tuple[int, int]], key_groups: Sequence[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """(count, queries, keys) of the pieces in which both lists have one length."""
+    pieces: list[tuple[int, int, int]] = []
+    queries, keys = list(query_groups), list(key_groups)
+    assert sum(count for count, _ in queries) == sum(count for count, _ in keys), "groups of other sequences"
+    while queries and keys:
+        (query_count, query_length), (key_count, key_length) = queries.pop(), keys.pop()
+        count = min(query_count, key_count)
+        if count:
+            pieces.append((count, query_length, key_length))
+        if query_count > count:
+            queries.append((query_count - count, query_length))
+        if key_count > count:
+            keys.append((key_count - count, key_length))
+    return pieces[::-1]
+
+
+def readable(x_THd: Tensor) -> Tensor:
+    """As it is where channels are contiguous, else a contiguous copy."""
+    strided = x_THd.stride(2) == 1 and 0 < x_THd.stride(0) <= MAX_STRIDE
+    return x_THd if strided else x_THd.contiguous()
