@@ -1,26 +1,41 @@
-"""From the micro-batches of an optimizer step to the gradients that it takes."""
+"""From the micro-batches of an optimizer step to the gradients that it takes.
+
+negatives="micro": the step's gradient is the mean over micro-batches, each with a loss of its own.
+
+negatives="all": it is that of one batch of all their samples, at the memory of one micro-batch. With features f_k of
+micro-batch k, parameters w and a loss L over all features, dL/dw = sum_k (dL/df_k) (df_k/dw):
+
+    1. features of every micro-batch without a graph, the last one with; L and dL/df over all of them
+    2. micro-batch by micro-batch: features again, now with a graph, and dL/df_k back through it
+
+The last micro-batch keeps its graph from 1 to 2, so K micro-batches cost K - 1 forward passes of the student more. No
+layer draws random numbers, so that both passes compute the same features.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cosmos_fast.config import ViewsConfig
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine.joined_features import JoinedFeatures, join_teacher
 from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision
-from cosmos_fast.loss import ClipLoss, CosmosLoss
-from cosmos_fast.model import CosmosModel, TeacherFeatures
+from cosmos_fast.loss import ClipLoss, CosmosLoss, CosmosLossOutput
+from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
 
 
 @dataclass
 class Gradients:
-    """Forward and backward of one optimizer step; every micro-batch has its own negatives.
+    """Forward and backward of one optimizer step.
 
-    Batches move to the model's device one at a time. clock: told of every phase.
+    Batches move to the model's device one at a time. negatives: what a sample is held against, its micro-batch or all
+    samples of the step. clock: told of every phase.
     """
 
     student: CosmosModel
@@ -28,27 +43,65 @@ class Gradients:
     objective: CosmosLoss | ClipLoss
     views: ViewsConfig
     precision: Precision
+    negatives: Literal["micro", "all"] = "micro"
     clock: PhaseClock = no_clock
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Add the gradients of the mean loss to the student's parameters; returns [3]: clip, distill and total loss."""
+        """Add the gradients of the step's loss to the student's parameters; returns [3]: clip, distill, total loss.
+
+        The loss is the mean over the micro-batches, or, with all negatives, that of all their samples together.
+        """
+        if len(batches) > 1 and self.negatives == "all":
+            return self._add_together(batches)
         return torch.stack([self._add(batch, share=1.0 / len(batches)) for batch in batches]).sum(dim=0)
 
     def _add(self, batch: Batch, share: float) -> Tensor:
-        batch = batch.to(self.student.logit_scale.device)
         teacher = self._encode_teacher(batch)
-        with self.clock("student"), self.precision.autocast():
-            student = self.student(batch.images, batch.texts)
-        with self.clock("loss"), self.precision.autocast():
-            output = self.objective(student, teacher)
+        output = self._loss(self._encode(batch), teacher)
+        self._backward(output.total * share)
+        return _values(output) * share
+
+    def _add_together(self, batches: Sequence[Batch]) -> Tensor:
+        *early, last = batches
+        teachers = [self._encode_teacher(batch) for batch in batches]
+        with torch.no_grad():
+            students = [self._encode(batch) for batch in early]
+        students.append(self._encode(last))
+        joined = JoinedFeatures(students)
+        output = self._loss(joined.features, join_teacher(teachers))
+        self._backward(output.total)
         with self.clock("backward"):
-            (output.total * share).backward()
-        return torch.stack([output.clip, output.distill, output.total]).detach() * share
+            joined.backward(students.pop(), len(early))
+        del students
+        for k, batch in enumerate(early):
+            features = self._encode(batch, phase="recompute")
+            with self.clock("backward"):
+                joined.backward(features, k)
+        return _values(output)
+
+    def _encode(self, batch: Batch, phase: str = "student") -> CosmosFeatures:
+        with self.clock(phase), self.precision.autocast():
+            batch = batch.to(self.student.logit_scale.device)
+            return self.student(batch.images, batch.texts)
 
     def _encode_teacher(self, batch: Batch) -> TeacherFeatures | None:
         """What the distillation term compares with; plain CLIP has no such term."""
         if isinstance(self.objective, ClipLoss):
             return None
-        images, texts = batch.images[: self.views.global_crops], batch.texts[: self.views.global_captions]
         with self.clock("teacher"), torch.no_grad(), self.precision.autocast():
+            batch = batch.to(self.student.logit_scale.device)
+            images, texts = batch.images[: self.views.global_crops], batch.texts[: self.views.global_captions]
             return self.teacher.encode_views(images, texts)
+
+    def _loss(self, student: CosmosFeatures, teacher: TeacherFeatures | None) -> CosmosLossOutput:
+        with self.clock("loss"), self.precision.autocast():
+            return self.objective(student, teacher)
+
+    def _backward(self, loss: Tensor) -> None:
+        """The one place where a loss becomes gradients: of the parameters, or of the joined features."""
+        with self.clock("backward"):
+            loss.backward()
+
+
+def _values(output: CosmosLossOutput) -> Tensor:
+    return torch.stack([output.clip, output.distill, output.total]).detach()

@@ -19,6 +19,7 @@ from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
+from cosmos_fast.engine.out_of_memory import out_of_memory_explained
 from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
@@ -97,7 +98,11 @@ class Trainer:
             apply_compute(model, config.compute, self.device)
         self.clock = no_clock
         objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
-        self.gradients = Gradients(self.student, self.teacher, objective, config.data.views, self.precision, self.clock)
+        self.gradients = Gradients(
+            *(self.student, self.teacher, objective, config.data.views, self.precision),
+            negatives=config.run.negatives,
+            clock=self.clock,
+        )
         self.optimizer = build_optimizer(config, self.student, self.teacher)
         self.state = replace(self.plan.state)
         if self.plan.checkpoint is not None:
@@ -124,9 +129,10 @@ class Trainer:
             batches = iter(self.loader)
             watch = Stopwatch()
             while not self.finished:
-                micro_batches = self._fetch(batches)
-                data_ms = watch.lap_ms()
-                outcome = self.train_step(micro_batches, data_ms)
+                with self._keeping_steps():
+                    micro_batches = self._fetch(batches)
+                    data_ms = watch.lap_ms()
+                    outcome = self.train_step(micro_batches, data_ms)
                 for hook in self.hooks:
                     hook.after_step(self, outcome)
                 # A signal that arrives after the checkpointer's turn is answered one step later.
@@ -137,14 +143,15 @@ class Trainer:
         return self.state
 
     def train_step(self, micro_batches: Sequence[Batch], data_ms: float = 0.0) -> StepOutcome:
-        """One optimizer step over micro-batches, each with its own negatives; losses and gradients are their means."""
+        """One optimizer step over micro-batches; see `Gradients` for what their loss is."""
         watch = Stopwatch()
         assert micro_batches, "the loader has ended"
         assert micro_batches[0].position == self.state.position, "the loader is not where the run is"
         lr = learning_rate(self.config, self.state.step, self.total_steps)
         decay = ema_decay(self.config, self.state.step, self.total_steps)
         self.optimizer.zero_grad()
-        losses = self.gradients.accumulate(micro_batches)
+        with out_of_memory_explained(self.config):
+            losses = self.gradients.accumulate(micro_batches)
         with self.clock("optimizer"):
             result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
@@ -164,9 +171,14 @@ class Trainer:
         )
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
-        """The micro-batches of one step. Data too bad to go on is no reason to lose the steps since the last save."""
+        """The micro-batches of one step."""
+        return list(islice(batches, self.config.run.accumulate_steps))
+
+    @contextmanager
+    def _keeping_steps(self) -> Iterator[None]:
+        """Bad data, or memory that runs out, is no reason to lose the steps since the last save."""
         try:
-            return list(islice(batches, self.config.run.accumulate_steps))
+            yield
         except UserError:
             if self.state.step > self.plan.state.step:
                 self.checkpointer.save(self)
@@ -184,15 +196,20 @@ class Trainer:
         state.position = next_position
         state.epoch = next_position / self.loader.samples_per_epoch
         state.samples_seen += samples
-        state.flops += sum(self._flops(batch) for batch in micro_batches)
+        negatives = samples if self.config.run.negatives == "all" else None
+        state.flops += sum(self._flops(batch, negatives) for batch in micro_batches)
         state.skipped += not applied
         state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + 1
 
-    def _flops(self, batch: Batch) -> float:
-        """What training on a micro-batch takes on all ranks, if theirs are like this one."""
+    def _flops(self, batch: Batch, negatives: int | None) -> float:
+        """What the result of a micro-batch needs on all ranks, if theirs are like this one; nothing recomputed counts.
+
+        negatives: samples that share the loss, None for those of the micro-batch.
+        """
         samples = len(batch.keys) * self.world_size
         model, views = self.config.model, self.config.data.views
-        counted = sample_flops(model, views, caption_tokens=batch.caption_tokens or None, global_batch=samples)
+        tokens = batch.caption_tokens or None
+        counted = sample_flops(model, views, caption_tokens=tokens, global_batch=negatives or samples)
         return samples * counted.training
 
     def _restore(self, folder: Path) -> None:

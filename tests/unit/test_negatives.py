@@ -1,0 +1,214 @@
+"""run.negatives=all: the gradients of one large batch at the memory of a micro-batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine.gradients import Gradients
+from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.model import CosmosFeatures
+from tests.tiny_run import losses_of, make_batch, make_trainer, rows_of, tiny_config
+
+SIZES = [(6,), (6, 6), (4, 4, 4), (3, 3, 3, 3), (5, 4, 3), (1, 6, 5)]
+
+
+def make_gradients(tmp_path: Path, recipe: str = "demo", precision: str = "fp32") -> tuple[Trainer, Gradients]:
+    """A trainer whose teacher differs from its student, and its gradients with all negatives."""
+    config = tiny_config(tmp_path, f"run.precision={precision}", "run.negatives=all", recipe=recipe)
+    trainer = make_trainer(config)
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return trainer, trainer.gradients
+
+
+def make_batches(trainer: Trainer, sizes: Sequence[int]) -> list[Batch]:
+    """Batches of these sizes with captions of different lengths."""
+    config = trainer.config
+    whole = make_batch(replace(config, run=replace(config.run, batch_size=sum(sizes))), 0)
+    eot = config.model.text.vocab_size - 1
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(2, whole.texts.shape[2], whole.texts.shape[:2], generator=generator)
+    whole.texts.scatter_(2, lengths.unsqueeze(2), eot)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [cut(whole, slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def cut(batch: Batch, part: slice) -> Batch:
+    return replace(
+        batch, images=[view[part] for view in batch.images], texts=batch.texts[:, part], keys=batch.keys[part]
+    )
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    views = zip(*(batch.images for batch in batches), strict=True)
+    keys = [key for batch in batches for key in batch.keys]
+    texts = torch.cat([batch.texts for batch in batches], dim=1)
+    return replace(batches[0], images=[torch.cat(view) for view in views], texts=texts, keys=keys)
+
+
+def run(gradients: Gradients, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+    gradients.student.zero_grad(set_to_none=True)
+    losses = gradients.accumulate(batches)
+    named = gradients.student.named_parameters()
+    return losses, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest deviation of any gradient, as a share of that gradient's norm."""
+    return max(float((found[name] - grad).norm() / grad.norm()) for name, grad in expected.items())
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_clip"])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_losses_and_gradients_are_those_of_the_large_batch(sizes: tuple[int, ...], recipe: str, tmp_path: Path) -> None:
+    trainer, gradients = make_gradients(tmp_path, recipe)
+    batches = make_batches(trainer, sizes)
+    expected_losses, expected = run(gradients, [join(batches)])
+    losses, found = run(gradients, batches)
+    assert set(found) == set(expected) == {name for name, _ in trainer.student.named_parameters()}
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    assert error(found, expected) < 1e-5
+    for name in ("logit_scale", "distill_logit_scale"):
+        if name in expected:
+            assert abs(float(expected[name])) > 1e-3
+            assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5)
+    if len(sizes) > 1:
+        gradients.negatives = "micro"
+        assert error(run(gradients, batches)[1], expected) > 1e-2  # the strategies do differ
+
+
+def test_bf16_is_within_the_error_of_the_large_batch(tmp_path: Path) -> None:
+    exact_trainer, exact = make_gradients(tmp_path)
+    batches = make_batches(exact_trainer, (4, 4, 4))
+    expected_losses, expected = run(exact, [join(batches)])
+    _, gradients = make_gradients(tmp_path, precision="bf16")
+    large_losses, large = run(gradients, [join(batches)])
+    losses, found = run(gradients, batches)
+    assert error(found, expected) < 2 * error(large, expected)
+    torch.testing.assert_close(losses, expected_losses, rtol=0.02, atol=0.0)
+    assert not torch.equal(large_losses, expected_losses)
+
+
+def test_gradients_add_to_those_that_are_there(tmp_path: Path) -> None:
+    trainer, gradients = make_gradients(tmp_path)
+    batches = make_batches(trainer, (3, 3))
+    _, once = run(gradients, batches)
+    gradients.accumulate(batches)
+    twice = {name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None}
+    assert error(twice, {name: 2 * grad for name, grad in once.items()}) < 1e-6
+
+
+@pytest.mark.parametrize(("count", "student_runs"), [(1, 1), (2, 3), (4, 7)])
+def test_only_what_has_to_be_is_run_twice(count: int, student_runs: int, tmp_path: Path, monkeypatch) -> None:
+    trainer, gradients = make_gradients(tmp_path)
+    batches = make_batches(trainer, (3,) * count)
+    calls = {"student": 0, "teacher": 0}
+    forward, encode_views = trainer.student.forward, trainer.teacher.encode_views
+
+    def student(*inputs):
+        calls["student"] += 1
+        return forward(*inputs)
+
+    def teacher(*inputs):
+        calls["teacher"] += 1
+        return encode_views(*inputs)
+
+    monkeypatch.setattr(trainer.student, "forward", student)
+    monkeypatch.setattr(trainer.teacher, "encode_views", teacher)
+    gradients.accumulate(batches)
+    assert calls == {"student": student_runs, "teacher": count}
+
+
+class SavedBytes:
+    """Counts bytes that autograd holds for backward, and their peak. A storage saved twice counts twice."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Saved:
+        return Saved(self, tensor)
+
+
+class Saved:
+    """A tensor on the books as long as this lives."""
+
+    def __init__(self, books: SavedBytes, tensor: Tensor) -> None:
+        self.books, self.tensor = books, tensor.detach()  # a saved output would hold its own graph
+        books.now += tensor.nbytes
+        books.peak = max(books.peak, books.now)
+
+    def __del__(self) -> None:
+        self.books.now -= self.tensor.nbytes
+
+
+def peak_saved_bytes(gradients: Gradients, batches: Sequence[Batch]) -> int:
+    books = SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(books.pack, lambda saved: saved.tensor):
+        gradients.accumulate(batches)
+    assert books.now == 0
+    return books.peak
+
+
+def test_activations_are_those_of_one_micro_batch(tmp_path: Path) -> None:
+    trainer, gradients = make_gradients(tmp_path)
+    batches = make_batches(trainer, (8,) * 4)
+    one = max(peak_saved_bytes(gradients, [batch]) for batch in batches)
+    large = peak_saved_bytes(gradients, [join(batches)])
+    accumulated = peak_saved_bytes(gradients, batches)
+    features = 4 * 32 * trainer.config.model.embed_dim * (4 * 2 + 6)  # what the loss keeps of 32 samples
+    assert large > 3 * one
+    assert accumulated < 1.05 * one + 4 * features
+
+
+def test_a_run_is_that_of_the_large_batch(tmp_path: Path) -> None:
+    large = make_trainer(tiny_config(tmp_path, "name=large", "run.batch_size=8"))
+    small = make_trainer(
+        tiny_config(tmp_path, "name=small", "run.batch_size=2", "run.accumulate_steps=4", "run.negatives=all")
+    )
+    small.student.load_state_dict(large.student.state_dict())
+
+    def micro_batches(trainer: Trainer) -> list[Batch]:
+        whole = make_batch(large.config, trainer.state.position)
+        size = trainer.config.run.batch_size
+        parts = [cut(whole, slice(start, start + size)) for start in range(0, 8, size)]
+        return [replace(part, next_position=whole.next_position) for part in parts]
+
+    for _ in range(3):
+        outcomes = [trainer.train_step(micro_batches(trainer)) for trainer in (large, small)]
+        assert outcomes[0].samples == outcomes[1].samples == 8
+        assert float(outcomes[1].loss) == pytest.approx(float(outcomes[0].loss), rel=1e-4)
+        assert outcomes[1].grad_norm == pytest.approx(outcomes[0].grad_norm, rel=1e-4)
+    assert small.state.flops == pytest.approx(large.state.flops, rel=1e-12)  # useful work only
+    assert replace(small.state, flops=large.state.flops) == large.state
+
+
+def test_fit_with_all_negatives_logs_and_resumes_like_any_run(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "run.accumulate_steps=2", "run.negatives=all", "run.max_steps=3")
+    trainer = make_trainer(config)
+    trainer.fit()
+    assert len(losses_of(trainer)) == 3
+    assert rows_of(trainer)[-1]["samples_seen"] == 24
+    twin = make_trainer(replace(config, name="twin"))
+    twin.fit()
+    assert losses_of(twin) == losses_of(trainer)
+
+
+def test_graphs_do_not_outlive_the_step(tmp_path: Path) -> None:
+    trainer, gradients = make_gradients(tmp_path)
+    kept: list[CosmosFeatures] = []
+    forward = trainer.student.forward
+    trainer.student.forward = lambda *inputs: kept.append(forward(*inputs)) or kept[-1]  # type: ignore[method-assign]
+    batches = make_batches(trainer, (2, 2, 2))
+    before = copy.deepcopy([batch.texts for batch in batches])
+    gradients.accumulate(batches)
+    assert [features.image.requires_grad for features in kept] == [False, False, True, True, True]
+    assert all(torch.equal(batch.texts, texts) for batch, texts in zip(batches, before, strict=True))
