@@ -22,14 +22,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cosmos_kernels import triton_support
-from cosmos_kernels.attention_parts import MAX_HEAD_DIM, MAX_TOKENS, Run, readable, sharing, why_too_long
-from cosmos_kernels.pool_parts import block_size, stored_dtype
+from cosmos_kernels.attention_parts import (
+    MAX_HEAD_DIM,
+    MAX_TOKENS,
+    Run,
+    empty_like_views,
+    readable,
+    sharing,
+    why_too_long,
+)
+from cosmos_kernels.pool_parts import block_size
 from cosmos_kernels.triton_support import AheadCase
 
 
@@ -79,6 +86,8 @@ def _backward_kernel(
     stride_v_h,
     stride_grad_t,
     stride_grad_h,
+    stride_dq_t,
+    stride_dk_s,  # and of dv
     DIM: tl.constexpr,
     SHARING: tl.constexpr,  # sequences of a program
     CAUSAL: tl.constexpr,
@@ -106,12 +115,13 @@ def _backward_kernel(
     k_base = k_ptr + k_begin.to(tl.int64) * stride_k_s + head * stride_k_h
     v_base = v_ptr + k_begin.to(tl.int64) * stride_v_s + head * stride_v_h
     grad_base = grad_ptr + q_begin.to(tl.int64) * stride_grad_t + head * stride_grad_h
-    q_rows = (q_begin.to(tl.int64) * H + head) * DIM  # of contiguous tensors
-    k_rows = (k_begin.to(tl.int64) * H + head) * DIM
-    q_offs = offs_q[:, None] * (H * DIM) + offs_d[None, :]
+    out_base = out_ptr + (q_begin.to(tl.int64) * H + head) * DIM
+    dq_base = dq_ptr + q_begin.to(tl.int64) * stride_dq_t + head * DIM
+    dk_base = dk_ptr + k_begin.to(tl.int64) * stride_dk_s + head * DIM
+    dv_base = dv_ptr + k_begin.to(tl.int64) * stride_dk_s + head * DIM
     q = tl.load(q_base + offs_q[:, None] * stride_q_t + offs_d[None, :], mask=mask_q, other=0.0)
     grad = tl.load(grad_base + offs_q[:, None] * stride_grad_t + offs_d[None, :], mask=mask_q, other=0.0)
-    out = tl.load(out_ptr + q_rows + q_offs, mask=mask_q, other=0.0)
+    out = tl.load(out_base + offs_q[:, None] * (H * DIM) + offs_d[None, :], mask=mask_q, other=0.0)
     lse = tl.load(lse_ptr + head.to(tl.int64) * T + q_begin + offs_q, mask=q_begin + offs_q < q_end, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
@@ -135,13 +145,14 @@ def _backward_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         dv = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
-        tl.store(dv_ptr + k_rows + k_offs * (H * DIM) + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_k)
+        tl.store(dv_base + k_offs * stride_dk_s + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_k)
         dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
         dscores = tl.where(seen, weights * (dweights - delta[:, None]), 0.0).to(q.dtype)
         dk = tl.dot(tl.trans(dscores), q, input_precision="ieee") * scale
-        tl.store(dk_ptr + k_rows + k_offs * (H * DIM) + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
+        tl.store(dk_base + k_offs * stride_dk_s + offs_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=mask_k)
         dq = tl.dot(dscores, k, dq, input_precision="ieee")
-    tl.store(dq_ptr + q_rows + q_offs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
+    dq_offs = offs_q[:, None] * stride_dq_t + offs_d[None, :]
+    tl.store(dq_base + dq_offs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
 def backward(
@@ -167,27 +178,28 @@ def backward(
         The others: as in the forward pass.
 
     Returns:
-        grad_q [T, H, d], grad_k and grad_v [S, H, d], contiguous, in the dtype of q.
+        grad_q [T, H, d], grad_k and grad_v [S, H, d] in the dtype of q; views of one matrix where their inputs were, so
+        that the projection's backward pass can read it as it is.
     """
     q_THd, k_SHd, v_SHd, grad_THd = (readable(x.detach()) for x in (q_THd, k_SHd, v_SHd, grad_THd))
     out_THd = out_THd.detach().contiguous()
     tokens, heads, dim = q_THd.shape
-    made = [torch.empty(x.shape, dtype=stored_dtype(x), device=x.device) for x in (q_THd, k_SHd, v_SHd)]
+    grad_q, grad_k, grad_v = empty_like_views((q_THd, k_SHd, v_SHd))
     strides = [stride for x in (q_THd, k_SHd, v_SHd, grad_THd) for stride in x.stride()[:2]]
+    strides += [grad_q.stride(0), grad_k.stride(0)]
     with triton_support.launch_device(q_THd):
         for run in [Run(0, len(cu_queries) - 1, max_queries, max_keys)] if runs is None else runs:
             assert not (reason := why_too_long(run.max_queries, run.max_keys)), reason
             options = backward_options(run.max_queries, run.max_keys, dim, sequences_per_program)
             _backward_kernel[(triton.cdiv(run.count, options["SHARING"]) * heads,)](
-                *(q_THd, k_SHd, v_SHd, out_THd, grad_THd, lse_HT, *made),
+                *(q_THd, k_SHd, v_SHd, out_THd, grad_THd, lse_HT, grad_q, grad_k, grad_v),
                 *(cu_queries, cu_keys, run.first, run.first + run.count, tokens, heads, dim**-0.5, *strides),
                 DIM=dim,
                 CAUSAL=causal,
                 UPCAST=triton_support.upcast(q_THd.dtype),
                 **options,
             )
-    grad_q, grad_k, grad_v = (x.to(q_THd.dtype) for x in made)
-    return grad_q, grad_k, grad_v
+    return grad_q.to(q_THd.dtype), grad_k.to(q_THd.dtype), grad_v.to(q_THd.dtype)
 
 
 def backward_options(max_queries: int, max_keys: int, dim: int, share: int | None = None) -> dict[str, int]:
@@ -208,7 +220,9 @@ def backward_options(max_queries: int, max_keys: int, dim: int, share: int | Non
 def _ahead(queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
     """bf16 heads of a [T, 3 H d] matrix."""
     options = backward_options(queries, keys, dim, share)
-    strides = tuple(f"stride_{name}" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h", "grad_t", "grad_h"))
+    strides = tuple(
+        f"stride_{name}" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h", "grad_t", "grad_h", "dq_t", "dk_s")
+    )
     return AheadCase(
         name=f"backward_kernel/{queries}x{keys}/d{dim}/{'causal' if causal else 'full'}/share{options['SHARING']}",
         kernel=_backward_kernel,

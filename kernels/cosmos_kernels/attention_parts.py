@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cosmos_kernels import triton_support
-from cosmos_kernels.pool_parts import block_size
+from cosmos_kernels.pool_parts import block_size, stored_dtype
 
 MAX_TOKENS = 256  # keys, and queries, of a sequence: a row of scores stays in registers
 MAX_HEAD_DIM = 128
@@ -106,3 +106,25 @@ def readable(x_THd: Tensor) -> Tensor:
     """As it is where channels are contiguous, else a contiguous copy."""
     strided = x_THd.stride(2) == 1 and 0 < x_THd.stride(0) <= MAX_STRIDE
     return x_THd if strided else x_THd.contiguous()
+
+
+def empty_like_views(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors for the gradients of q, k and v; views of one [T, 3, H, d], or of one [S, 2, H, d] for k and v, where
+    they are such views themselves."""
+    q, k, v = inputs
+
+    def made(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=stored_dtype(q), device=q.device)
+
+    if not _neighbours(k, v):
+        return made(*q.shape), made(*k.shape), made(*v.shape)
+    parts = 3 if _neighbours(q, k) else 2
+    together = made(k.shape[0], parts, *k.shape[1:]).unbind(1)
+    return together[0] if parts == 3 else made(*q.shape), together[-2], together[-1]
+
+
+def _neighbours(a: Tensor, b: Tensor) -> bool:
+    """Whether b's rows lie right behind a's, in rows of one matrix."""
+    width = a.shape[1] * a.shape[2]
+    rows = a.shape == b.shape and a.stride() == b.stride() and a.stride()[1:] == (a.shape[2], 1)
+    return rows and a.stride(0) >= 2 * width and b.data_ptr() - a.data_ptr() == width * a.element_size()
