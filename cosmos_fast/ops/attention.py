@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops import attention_flash, attention_limits, attention_sdpa, attention_varlen, attention_xformers
+from cosmos_fast.ops import attention_triton as by_triton
 from cosmos_fast.ops.attention_sequences import Sequences
 from cosmos_fast.ops.backends import Backend, choose, register, stages_for
 from cosmos_fast.utils.errors import UserError
+from cosmos_kernels import attention_parts, triton_support
 
 __all__ = ["OP", "Sequences", "choose_attention", "packed_attention", "takes_any_length"]
 
@@ -39,7 +41,7 @@ def packed_attention(
         k_SHd, v_SHd: [S, H, d] keys and values, of the same dtype and device.
         sequences: which rows belong together.
         causal: query i of n sees the first m - n + i + 1 of m keys only.
-        backend: "auto", "flash", "varlen", "xformers" or "sdpa".
+        backend: "auto", "flash", "varlen", "xformers", "triton" or "sdpa".
 
     Returns:
         [T, H, d] in the dtype of the queries.
@@ -82,12 +84,19 @@ def choose_attention(
     try:
         return choose(OP, request, probe_THd, probe_THd, probe_THd, _longest(longest)).name
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{error}; auto takes what runs here") from None
 
 
 def _longest(tokens: int) -> Tensor:
     """A length in the form in which backends are asked about tensors: one without storage, of so many elements."""
     return torch.empty(tokens, device="meta")
+
+
+def _why_not_triton(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, longest: Tensor | None = None) -> str | None:
+    objection = attention_parts.why_unsupported(q_THd, k_SHd, v_SHd)
+    if objection is None and longest is not None:
+        objection = attention_parts.why_too_long(len(longest), len(longest))
+    return objection
 
 
 def takes_any_length(backend: str) -> bool:
@@ -119,6 +128,15 @@ register(
         "xformers' block-diagonal masks; fp16, bf16 and fp32",
         why_unavailable=attention_xformers.why_unavailable,
         why_unsupported=attention_xformers.why_unsupported,
+    ),
+    Backend(
+        OP,
+        "triton",
+        by_triton,
+        "for sequences of at most 256 tokens; fp16 and bf16, several short sequences a tile",
+        why_unavailable=triton_support.why_missing,
+        why_unsupported=_why_not_triton,
+        automatic=False,  # until it has been measured against the others
     ),
     Backend(OP, "sdpa", attention_sdpa, "PyTorch, one call a group of equal lengths; runs everywhere"),
 )

@@ -26,6 +26,7 @@ from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.loss import CosmosLossOutput
 from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
+from cosmos_kernels import triton_support
 from tests import attention_fakes
 from tests.golden import GOLDEN_FILES, Golden, assert_close_to_max, without_key_bias
 
@@ -113,6 +114,19 @@ def test_every_attention_backend(golden: Golden, attention: str, prune: bool, mo
     features = forward(golden, student)
     check_features(golden, *features)
     check_losses_and_gradients(golden, student, CosmosLoss()(*features))
+
+
+@pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
+def test_triton_attention(golden: Golden) -> None:
+    """In the interpreter; on a GPU the kernels take half precision, which golden tensors are too exact for."""
+    if not triton_support.INTERPRETED:
+        pytest.skip("the kernels take no fp32")
+    student = model(golden, "student.", "triton")
+    with torch.no_grad():
+        teacher = model(golden, "teacher.").encode_views(golden.images("input.")[:2], golden.tensors["input.text"][:2])
+    features = student(golden.images("input."), golden.tensors["input.text"])
+    check_features(golden, features, teacher)
+    check_losses_and_gradients(golden, student, CosmosLoss()(features, teacher))
 
 
 def check_losses_and_gradients(golden: Golden, student: CosmosModel, losses: CosmosLossOutput) -> None:

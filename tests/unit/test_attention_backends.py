@@ -15,6 +15,7 @@ from torch import Tensor
 from cosmos_fast.ops import attention_limits, attention_varlen, backends
 from cosmos_fast.ops.attention import Sequences, choose_attention, packed_attention
 from cosmos_fast.utils.errors import UserError
+from cosmos_kernels import triton_support
 from tests import attention_fakes
 
 HEADS, WIDTH = 2, 8
@@ -53,6 +54,34 @@ def test_every_backend_computes_the_definition(backend, case, monkeypatch):
     actual = result_and_gradients(packed_attention(*parts, sequences, causal=causal, backend=name), parts)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
+@pytest.mark.parametrize("case", ["causal", "some whole, some one query"])
+def test_the_triton_kernels_under_autograd(case):
+    """In the interpreter where there is no GPU; `tests/kernels` has their shapes, dtypes and errors."""
+    device = "cpu" if triton_support.INTERPRETED else "cuda"
+    dtype = torch.float32 if triton_support.INTERPRETED else torch.float16
+    queries, keys, causal = CASES[case]
+    exact = inputs(queries, keys)
+    parts = [part.detach().to(device, dtype).requires_grad_() for part in exact]
+    bounds = [[0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (queries, keys)]
+    expected = result_and_gradients(attention_fakes.attention(*exact, *bounds, causal), exact)
+    sequences = Sequences.from_lengths(queries, keys, device=device)
+    found = packed_attention(*parts, sequences, causal=causal, backend="triton")
+    torch.manual_seed(1)
+    direction = torch.randn(found.shape, dtype=torch.float64).to(found)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, theirs in zip([found.detach(), *torch.autograd.grad(found, parts, direction)], expected, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
+def test_sequences_too_long_for_the_triton_kernels_are_told():
+    device = torch.device("cpu" if triton_support.INTERPRETED else "cuda")
+    assert choose("triton", longest=256, device=device) == "triton"
+    with pytest.raises(UserError, match="cannot run: sequences of 257 tokens, it takes at most 256"):
+        choose("triton", longest=257, device=device)
 
 
 def test_lengths_become_groups_of_neighbours():
