@@ -10,6 +10,7 @@ import torch
 
 from cosmos_fast.config import TrainConfig, load_config
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.data.random_batch import RandomLoader, random_batch
 from cosmos_fast.engine.metrics import read_rows
 from cosmos_fast.engine.run_folder import RunPlan, plan_run
 from cosmos_fast.engine.trainer import Trainer
@@ -39,39 +40,22 @@ def tiny_config(out_dir: Path, *overrides: str, recipe: str = "demo") -> TrainCo
     return load_config(get_recipe(recipe), (*TINY, f"name={recipe}", f"run.out_dir={out_dir}", *overrides))
 
 
-class FakeLoader:
+class FakeLoader(RandomLoader):
     """Stands in for data.Loader. poison: called with every batch, may change it in place."""
 
     def __init__(self, config: TrainConfig, start: int = 0, poison: Callable[[Batch], None] | None = None) -> None:
-        self.config = config
-        self.position = start
+        super().__init__(config, start)
         self.samples_per_epoch = config.data.samples_per_epoch or 40
-        self.stats: dict[str, int] = {}
         self.poison = poison
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            batch = make_batch(self.config, self.position)
-            self.position = batch.next_position
+        for batch in super().__iter__():
             if self.poison is not None:
                 self.poison(batch)
             yield batch
 
 
-def make_batch(config: TrainConfig, position: int) -> Batch:
-    """Random crops and captions; the same ones for the same position."""
-    generator = torch.Generator().manual_seed(position)
-    size, views, text = config.run.batch_size, config.data.views, config.model.text
-    crops = views.crops(config.model.vision.image_size)
-    texts = torch.randint(1, text.vocab_size - 1, (views.text_views, size, text.context_length), generator=generator)
-    texts[:, :, -1] = text.vocab_size - 1
-    return Batch(
-        images=[torch.randn(size, 3, crop.size, crop.size, generator=generator) for crop in crops],
-        texts=texts,
-        keys=[f"sample{position + i}" for i in range(size)],
-        position=position,
-        next_position=position + size,
-    )
+make_batch = random_batch
 
 
 def make_trainer(
@@ -83,7 +67,7 @@ def make_trainer(
 ) -> Trainer:
     """A trainer over a FakeLoader that starts where the plan does."""
     plan = plan or plan_run(config)
-    return Trainer(config, FakeLoader(config, plan.state.position, poison), validators, plan=plan)  # type: ignore[arg-type]
+    return Trainer(config, FakeLoader(config, plan.state.position, poison), validators, plan=plan)
 
 
 def add_noise(batch: Batch) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cosmos_fast.cli import batch_size
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
@@ -36,6 +37,13 @@ _log = get_logger(__name__)
     help="Continue from the newest valid checkpoint of the run folder (from scratch if there is none), or from PATH.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove the checkpoints and metrics of a former run of this name.")
+@click.option("--find-batch-size", is_flag=True, help="Measure the largest batch that fits memory; write nothing.")
+@click.option(
+    "--memory-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GIB",
+    help="What --find-batch-size may fill, GiB; nearly all that is free if not given.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and what it needs; touch nothing.")
 @click.option("--list-recipes", is_flag=True, help="Print the built-in configurations.")
 def command(
@@ -44,6 +52,8 @@ def command(
     overrides: tuple[str, ...],
     resume: str | None,
     overwrite: bool,
+    find_batch_size: bool,
+    memory_limit: float | None,
     dry_run: bool,
     list_recipes: bool,
 ) -> None:
@@ -64,10 +74,21 @@ def command(
     setup_logging()
     config = resolve_config(recipe, config_file, overrides)
     refuse_several_ranks()
-    if dry_run:
+    if find_batch_size or memory_limit is not None:
+        check_batch_size_options(find_batch_size, resume is not None or overwrite or dry_run)
+        batch_size.find_batch_size(config, memory_limit)
+    elif dry_run:
         describe(config)
-        return
-    train(config, resume, overwrite)
+    else:
+        train(config, resume, overwrite)
+
+
+def check_batch_size_options(find_batch_size: bool, others: bool) -> None:
+    """--find-batch-size stands alone: it starts from fresh weights, and touches no run."""
+    if not find_batch_size:
+        raise UserError("--memory-limit says how much may be filled to find the batch size: give --find-batch-size too")
+    if others:
+        raise UserError("--find-batch-size starts from fresh weights and keeps no run: leave out the other options")
 
 
 def resolve_config(recipe: str | None, config_file: str | None, overrides: tuple[str, ...]) -> TrainConfig:
@@ -86,6 +107,7 @@ def refuse_several_ranks() -> None:
 
 def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     """Build everything, then train; nothing is written before all of it is there."""
+    from cosmos_fast.engine.out_of_memory import out_of_memory_explained
     from cosmos_fast.engine.precision import resolve_device
     from cosmos_fast.engine.run_folder import plan_run
     from cosmos_fast.engine.trainer import Trainer
@@ -95,8 +117,9 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     validators = make_validators(config)
     loader = open_loader(config, plan, str(device))
     try:
-        trainer = Trainer(config, loader, validators, plan=plan)
-        trainer.fit()
+        with out_of_memory_explained(config):
+            trainer = Trainer(config, loader, validators, plan=plan)
+            trainer.fit()
     finally:
         loader.close()
     if loader.stats:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -28,3 +30,15 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch with its images on `device`."""
         return replace(self, images=[image.to(device, non_blocking=non_blocking) for image in self.images])
+
+
+class BatchSource(Protocol):
+    """Batches of one rank without end, such as data.Loader. samples_per_epoch: over all ranks."""
+
+    samples_per_epoch: int
+
+    @property
+    def stats(self) -> Mapping[str, int]:
+        """Skipped samples by cause."""
+
+    def __iter__(self) -> Iterator[Batch]: ...

@@ -6,7 +6,8 @@ Axes: V views, B samples of one micro-batch, N samples of all, D embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ class JoinedFeatures:
 
     def __init__(self, parts: Sequence[CosmosFeatures]) -> None:
         self._sizes = [part.image.shape[1] for part in parts]
-        leaves = {name: _join([getattr(part, name) for part in parts]) for name in _FEATURES}
+        leaves: dict[str, Any] = {name: _join([getattr(part, name) for part in parts]) for name in _FEATURES}
         leaves |= {name: _leaf(getattr(parts[-1], name)) for name in _SCALES}
-        self.features = replace(parts[-1], **leaves)
+        self.features = CosmosFeatures(**leaves)
 
     def backward(self, part: CosmosFeatures, index: int) -> None:
         """Send the gradients of the leaves back through the graph of a part, the one at `index`.

@@ -39,17 +39,14 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
     """
     try:
         yield
-        return
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-    # Here, and not above: an error that is being handled keeps the activations of its frames.
-    run = config.run
-    raise UserError(
-        f"memory ran out with run.batch_size={run.batch_size} ({first_line[:160]}): {_smaller_batch(config)}; "
-        "--find-batch-size measures what fits"
-    )
+        raise UserError(
+            f"memory ran out with run.batch_size={config.run.batch_size} ({first_line[:160]}): "
+            f"{_smaller_batch(config)}; --find-batch-size measures what fits"
+        ) from None
 
 
 def _smaller_batch(config: TrainConfig) -> str:

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from cosmos_fast.config import TrainConfig
-from cosmos_fast.data.batch import Batch
-from cosmos_fast.data.loader import Loader
+from cosmos_fast.data.batch import Batch, BatchSource
 from cosmos_fast.engine.checkpoint import load
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
@@ -55,7 +54,7 @@ class Trainer:
     # the run
     config: TrainConfig
     plan: RunPlan
-    loader: Loader
+    loader: BatchSource
     total_steps: int
     state: TrainState
     world_size: int
@@ -76,7 +75,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        loader: Loader,
+        loader: BatchSource,
         validators: Sequence[Validator] = (),
         *,
         plan: RunPlan | None = None,

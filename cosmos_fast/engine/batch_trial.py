@@ -1,0 +1,154 @@
+"""Peak memory of a few optimizer steps at one batch size: noise in the shapes of the run, captions of full length.
+
+On a CPU every size runs in a process of its own, because memory that is freed stays with the allocator and would hide
+the peak of the next; the whole process counts, interpreter and libraries included. It is ended as soon as it passes the
+limit. These processes are forks of one that has imported everything and run nothing. On CUDA the allocator counts
+exactly, and is told to refuse what passes the limit: sizes run in place. (The part for CUDA has not yet run on
+hardware.)
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.data.random_batch import RandomLoader
+from cosmos_fast.engine.out_of_memory import is_out_of_memory
+from cosmos_fast.engine.precision import resolve_device
+from cosmos_fast.engine.run_folder import RunPlan
+from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.memory import peak_bytes, reset_peak
+
+STEPS = 3  # the optimizer's state exists after the first; a GPU's libraries take their workspaces in the second
+POLL_S = 0.02
+CPU = torch.device("cpu")
+
+
+def measure_peak(config: TrainConfig, batch_size: int, limit_bytes: int) -> int | None:
+    """Peak bytes of STEPS optimizer steps at this batch size, None where they do not fit the limit.
+
+    Nothing is written. Raises UserError where the configuration cannot be trained at all.
+    """
+    config = replace(config, run=replace(config.run, batch_size=batch_size))
+    device = resolve_device(config.run.device)
+    return _on_cuda(config, device, limit_bytes) if device.type == "cuda" else _in_a_process(config, limit_bytes)
+
+
+def run_steps(config: TrainConfig, device: torch.device, steps: int = STEPS) -> None:
+    """Train on noise, as `Trainer.fit` does but for data, hooks and files."""
+    loader = RandomLoader(config, device=device)
+    trainer = Trainer(config, loader, plan=RunPlan(Path(config.run.out_dir) / config.name))
+    batches = iter(loader)
+    for _ in range(steps):
+        micro_batches = list(islice(batches, config.run.accumulate_steps))
+        trainer.train_step(micro_batches)
+
+
+def _on_cuda(config: TrainConfig, device: torch.device, limit_bytes: int) -> int | None:
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+    reset_peak(device)
+    try:
+        run_steps(config, device)
+        torch.cuda.synchronize(device)
+        return peak_bytes(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _in_a_process(config: TrainConfig, limit_bytes: int) -> int | None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which torch imports when a custom operator first runs
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(sender, config), daemon=True)
+    with _deaf_children():
+        child.start()
+    sender.close()
+    try:
+        return _watch(child, receiver, limit_bytes)
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+
+
+@contextmanager
+def _deaf_children() -> Iterator[None]:
+    """Processes that start here do not answer Ctrl-C with a traceback of their own.
+
+    It reaches the whole process group: in this process it ends the search, which ends them. They inherit the mask.
+    """
+    resource_tracker.ensure_running()  # it lifts the mask when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int) -> int | None:
+    while not receiver.poll(POLL_S):
+        if _resident_bytes(child.pid) > limit_bytes:
+            return None
+    try:
+        found: int | UserError | None = receiver.recv()
+    except EOFError:
+        child.join()
+        if child.exitcode == -signal.SIGKILL:  # by the kernel, which ran out of memory
+            return None
+        raise RuntimeError("the process that was to measure memory died; its error stands above") from None
+    if isinstance(found, UserError):
+        raise found
+    return found
+
+
+def _child(sender: Connection, config: TrainConfig) -> None:
+    """Sends peak bytes, None where memory ran out, or what is wrong with the configuration."""
+    _be_first_to_go()
+    found: int | UserError | None = None
+    try:
+        run_steps(config, CPU)
+        found = peak_bytes(CPU)
+    except UserError as error:
+        found = error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    sender.send(found)
+
+
+def _be_first_to_go() -> None:
+    """Should memory run out after all, the kernel ends this process, and nobody else's."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        return
+
+
+def _resident_bytes(pid: int | None) -> int:
+    """0 where the system does not tell."""
+    try:
+        found = re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0

@@ -1,0 +1,107 @@
+"""How much memory there is, and what is said when it runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_fast.engine.checkpoint import list_checkpoints
+from cosmos_fast.engine.out_of_memory import is_out_of_memory, out_of_memory_explained
+from cosmos_fast.utils import memory_limits
+from cosmos_fast.utils.errors import UserError
+from tests.tiny_run import make_trainer, tiny_config
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+MEMINFO = {"proc/meminfo": "MemTotal:  8388608 kB\nMemFree: 100 kB\nMemAvailable: 6291456 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "total_gib", "free_gib"),
+    [
+        ({}, 8, 6),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 8, 6),
+        (
+            {
+                "proc/self/cgroup": "0::/box/inner\n",
+                "sys/fs/cgroup/box/inner/memory.max": "max\n",
+                "sys/fs/cgroup/box/memory.max": f"{4 * GIB}\n",
+                "sys/fs/cgroup/box/memory.current": f"{3 * GIB}\n",
+                "sys/fs/cgroup/box/memory.stat": f"anon 1\ninactive_file {GIB}\n",
+            },
+            *(4, 2),
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/x\n3:memory:/not/seen/inside\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2 * GIB}\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{GIB}\n",
+                "sys/fs/cgroup/memory/memory.stat": "cache 7\ntotal_inactive_file 0\n",
+            },
+            *(2, 1),
+        ),
+    ],
+)
+def test_limits_of_machine_and_control_groups(
+    files: dict[str, str], total_gib: int, free_gib: int, tmp_path: Path, monkeypatch
+) -> None:
+    write(tmp_path, MEMINFO | files)
+    monkeypatch.setattr(memory_limits, "ROOT", tmp_path)
+    assert memory_limits.memory_limits(CPU) == (total_gib * GIB, free_gib * GIB)
+
+
+def test_limits_of_this_machine() -> None:
+    total, free = memory_limits.memory_limits(CPU)
+    assert 0 < free <= total < 2**50
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(error: Exception, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "run.accumulate_steps=2", "run.negatives=all")
+    with pytest.raises(UserError) as caught, out_of_memory_explained(config):
+        raise error
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "run.batch_size=2 run.accumulate_steps=4 run.negatives=all, the same loss" in message
+    assert "compute.checkpoint_activations=blocks" in message
+    assert "--find-batch-size" in message
+
+
+def test_other_errors_pass_through(tmp_path: Path) -> None:
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_explained(tiny_config(tmp_path)):
+        raise RuntimeError("shapes do not match")
+
+
+def test_training_that_runs_out_of_memory_loses_no_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path))
+    forward = trainer.student.forward
+
+    def full(images: list[torch.Tensor], texts: torch.Tensor):
+        if trainer.state.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(images, texts)
+
+    trainer.student.forward = full  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"memory ran out with run\.batch_size=4 .*20\.00 MiB"):
+        trainer.fit()
+    assert [path.name for path in list_checkpoints(trainer.plan.checkpoints)] == ["step_00000004"]
