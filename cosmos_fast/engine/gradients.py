@@ -24,6 +24,7 @@ from torch import Tensor
 from cosmos_fast.config import ViewsConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.joined_features import JoinedFeatures, join_teacher
+from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.loss import ClipLoss, CosmosLoss, CosmosLossOutput
@@ -35,7 +36,7 @@ class Gradients:
     """Forward and backward of one optimizer step.
 
     Batches move to the model's device one at a time. negatives: what a sample is held against, its micro-batch or all
-    samples of the step. clock: told of every phase.
+    samples of the step. clock: told of every phase. scaler: of the loss; gradients come out too large by its factor.
     """
 
     student: CosmosModel
@@ -45,6 +46,7 @@ class Gradients:
     precision: Precision
     negatives: Literal["micro", "all"] = "micro"
     clock: PhaseClock = no_clock
+    scaler: LossScaler | None = None
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Add the gradients of the step's loss to the student's parameters; returns [3]: clip, distill, total loss.
@@ -100,7 +102,7 @@ class Gradients:
     def _backward(self, loss: Tensor) -> None:
         """The one place where a loss becomes gradients: of the parameters, or of the joined features."""
         with self.clock("backward"):
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
 
 
 def _values(output: CosmosLossOutput) -> Tensor:

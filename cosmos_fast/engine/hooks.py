@@ -31,7 +31,8 @@ Validator = Callable[[int, nn.Module, nn.Module], Mapping[str, float]]
 @dataclass(frozen=True)
 class StepOutcome:
     """One optimizer step. Losses are 0-dim tensors on the device, means over the micro-batches; reading one waits for
-    the GPU. samples: over all ranks. keys: of this rank's samples."""
+    the GPU. overflow: the step was not applied because the loss scale was too large. samples: over all ranks. keys: of
+    this rank's samples."""
 
     loss: Tensor
     clip_loss: Tensor
@@ -40,6 +41,7 @@ class StepOutcome:
     ema_decay: float
     grad_norm: float
     applied: bool
+    overflow: bool
     samples: int
     data_ms: float
     step_ms: float
@@ -54,16 +56,21 @@ class Hook(Protocol):
 
 
 class NonfiniteGuard:
-    """Logs steps that were not applied, and stops the run after too many in a row."""
+    """Logs steps that were not applied, and stops the run after too many in a row; those that only taught the loss
+    scale do not count."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         """Dump and stop at the limit."""
-        if outcome.applied:
-            return
         state = trainer.state
+        if outcome.overflow:
+            _log.info(
+                "step %d: a gradient overflowed: not applied, loss scale now %g", state.step, trainer.scaler.scale
+            )
+        if outcome.applied or outcome.overflow:
+            return
         _log.warning(
             "step %d: loss %s, gradient norm %s: step not applied (%d in a row, %d in all)",
             state.step,
@@ -86,6 +93,7 @@ class NonfiniteGuard:
             "step": trainer.state.step,
             "keys": outcome.keys,
             "lr": outcome.lr,
+            "loss_scale": trainer.scaler.scale,
             "losses": {name: _spelled(float(value)) for name, value in losses.items()},
             "gradient_norm": _spelled(outcome.grad_norm),
             "gradient_norms": {name: _spelled(norm) for name, norm in trainer.optimizer.gradient_norms().items()},

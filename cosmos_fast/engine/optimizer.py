@@ -1,5 +1,7 @@
 """AdamW for the student and the moving average for the teacher, in the order COSMOS needs.
 
+`AdamWEma` is the one to use; engine.other_optimizers has others, to compare with, which read and write the same state.
+
 One step: teacher <- average with the student's weights from before the step; gradient clipping; AdamW; scales clamped.
 All of it is one pass over memory in `cosmos_fast.ops.adamw_ema_`, after one over the gradients for their norm.
 """
@@ -21,10 +23,12 @@ _NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
 @dataclass(frozen=True)
 class StepResult:
-    """grad_norm: L2 norm over all gradients before clipping. applied: False when NaN or Inf stopped the step."""
+    """grad_norm: L2 norm over all gradients before clipping, without the loss scale. applied: False when NaN or Inf
+    stopped the step. loss_finite: whether the loss was free of them."""
 
     grad_norm: float
     applied: bool
+    loss_finite: bool = True
 
 
 def has_weight_decay(name: str, parameter: Tensor) -> bool:
@@ -35,7 +39,9 @@ def has_weight_decay(name: str, parameter: Tensor) -> bool:
 def build_optimizer(config: TrainConfig, student: nn.Module, teacher: nn.Module) -> AdamWEma:
     """The optimizer of `student` that also keeps `teacher`; both hold fp32 parameters of the same names."""
     if config.compute.optimizer != "fused":
-        raise UserError(f"compute.optimizer={config.compute.optimizer} is not implemented yet: leave it at fused")
+        from cosmos_fast.engine.other_optimizers import OTHER_OPTIMIZERS
+
+        return OTHER_OPTIMIZERS[config.compute.optimizer](config.optimizer, student, teacher)
     return AdamWEma(config.optimizer, student, teacher)
 
 
@@ -88,28 +94,33 @@ class AdamWEma:
         return {name: float(p.grad.norm()) for name, p in self._student.items() if p.grad is not None}
 
     @torch.no_grad()
-    def step(self, *, lr: float, ema_decay: float, loss: Tensor | None = None) -> StepResult:
+    def step(self, *, lr: float, ema_decay: float, loss: Tensor | None = None, loss_scale: float = 1.0) -> StepResult:
         """Apply the gradients that backward() has left.
 
         loss: 0-dim, checked together with the gradients. With NaN or Inf in either, weights, teacher and optimizer
         state stay as they are. On a GPU the device decides that by itself, and the host, which waits for the norm
-        alone, goes on to the next step while the update still runs.
+        alone, goes on to the next step while the update still runs. loss_scale: what the gradients are too large by.
         """
         names = [name for name, p in self._student.items() if p.grad is not None]
         norm = grad_norm([grad for name in names if (grad := self._student[name].grad) is not None])
         watched = [norm] if loss is None else [norm, loss.detach().to(norm)]
         readout = _Readout(torch.stack(watched))
         # 0 x loss is 0, or NaN where the loss is not finite: the norm then stops the step as well.
-        self._update(names, sum(0.0 * one for one in watched[1:]) + norm, lr=lr, ema_decay=ema_decay)
+        watched_norm = sum(0.0 * one for one in watched[1:]) + norm
+        self._update(names, watched_norm, lr=lr, ema_decay=ema_decay, grad_scale=1.0 / loss_scale)
         norm_value, *rest = readout.values()
-        if not all(math.isfinite(value) for value in (norm_value, *rest)):
-            return StepResult(grad_norm=norm_value, applied=False)
+        norm_value /= loss_scale
+        loss_finite = all(map(math.isfinite, rest))
+        if not (loss_finite and math.isfinite(norm_value)):
+            return StepResult(grad_norm=norm_value, applied=False, loss_finite=loss_finite)
         for name in names:
             self._steps[name] += 1
-        self._average_idle(ema_decay)
+        idle = [name for name in self._student if name not in set(names)]
+        self._average(idle, ema_decay)
+        self._clamp_scales(idle)
         return StepResult(grad_norm=norm_value, applied=True)
 
-    def _update(self, names: list[str], norm: Tensor, *, lr: float, ema_decay: float) -> None:
+    def _update(self, names: list[str], norm: Tensor, *, lr: float, ema_decay: float, grad_scale: float) -> None:
         """The fused step over the parameters of those names; none of it where the norm is not finite."""
         adamw_ema_(
             [self._student[name].data for name in names],
@@ -124,6 +135,7 @@ class AdamWEma:
             eps=self.config.eps,
             weight_decay=[self._weight_decay(name) for name in names],
             ema_decay=ema_decay,
+            grad_scale=grad_scale,
             clip_norm=self.config.clip_norm,
             norm=norm,
             skip_nonfinite=True,
@@ -133,13 +145,14 @@ class AdamWEma:
     def _weight_decay(self, name: str) -> float:
         return self.config.weight_decay if has_weight_decay(name, self._student[name]) else 0.0
 
-    def _average_idle(self, ema_decay: float) -> None:
-        """The teacher's share of parameters without a gradient."""
-        idle = [name for name, p in self._student.items() if p.grad is None]
-        if idle:
-            teachers = [self._teacher[name].data for name in idle]
-            torch._foreach_lerp_(teachers, [self._student[name].data for name in idle], 1.0 - ema_decay)
-        for name in filter(_is_log_scale, idle):
+    def _average(self, names: list[str], ema_decay: float) -> None:
+        """The teacher's parameters of those names, apart from the fused step."""
+        if names:
+            teachers = [self._teacher[name].data for name in names]
+            torch._foreach_lerp_(teachers, [self._student[name].data for name in names], 1.0 - ema_decay)
+
+    def _clamp_scales(self, names: list[str]) -> None:
+        for name in filter(_is_log_scale, names):
             self._student[name].data.clamp_(0.0, MAX_LOG_SCALE)
             self._teacher[name].data.clamp_(0.0, MAX_LOG_SCALE)
 

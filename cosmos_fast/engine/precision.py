@@ -25,9 +25,15 @@ def resolve_device(request: str) -> torch.device:
     return device
 
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True)
 class Precision:
-    """Type of the matrix products. Weights, optimizer state and teacher are fp32 in every case."""
+    """Type of the matrix products. Weights, optimizer state and teacher are fp32 in every case.
+
+    name: "fp32", "bf16" or "fp16"; the last one needs engine.loss_scale.
+    """
 
     name: str
     device_type: str
@@ -36,7 +42,7 @@ class Precision:
         """Context of a model's forward pass."""
         if self.name == "fp32":
             return nullcontext()
-        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+        return torch.autocast(self.device_type, dtype=_AUTOCAST[self.name])
 
 
 def resolve_precision(request: str, device: torch.device) -> Precision:
@@ -44,6 +50,4 @@ def resolve_precision(request: str, device: torch.device) -> Precision:
     if request == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         request = "bf16" if has_bf16 else "fp32"
-    if request == "fp16":
-        raise UserError("run.precision=fp16 is not implemented yet: use bf16 or fp32")
     return Precision(request, device.type)

@@ -53,6 +53,7 @@ class Progress:
             "lr": outcome.lr,
             "ema_decay": outcome.ema_decay,
             **trainer.scales(),
+            **trainer.scaler.numbers(),
             "grad_norm": outcome.grad_norm,
             "step_ms": self._step_ms / self._steps,
             "data_ms": self._data_ms / self._steps,

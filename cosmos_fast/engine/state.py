@@ -7,13 +7,15 @@ from typing import Any
 
 from cosmos_fast.utils.errors import UserError
 
+_ADDED_LATER = {"loss_scale", "steps_at_scale", "overflows"}  # checkpoints from before start with their defaults
+
 
 @dataclass
 class TrainState:
     """step: optimizer steps done, skipped ones included. position: global number of the next sample. epoch: passes over
     the data, a fraction. samples_seen: samples trained on, over all ranks. skipped: steps not applied because of NaN or
     Inf; nonfinite_in_a_row: those at the end. flops: floating-point operations that training needed so far, by the
-    lengths of the captions it saw."""
+    lengths of the captions it saw. loss_scale, steps_at_scale, overflows: of engine.loss_scale; None without it."""
 
     step: int = 0
     position: int = 0
@@ -22,6 +24,9 @@ class TrainState:
     skipped: int = 0
     nonfinite_in_a_row: int = 0
     flops: float = 0.0
+    loss_scale: float | None = None
+    steps_at_scale: int = 0
+    overflows: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -30,9 +35,9 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
         """The reverse of to_json()."""
-        missing = {f.name for f in fields(cls)} - set(values)
+        missing = {f.name for f in fields(cls)} - set(values) - _ADDED_LATER
         if missing:
             raise UserError(
                 f"training state lacks {', '.join(sorted(missing))}: the checkpoint is from another program"
             )
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
