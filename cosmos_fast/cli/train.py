@@ -157,12 +157,16 @@ def describe(config: TrainConfig) -> None:
     from cosmos_fast.engine.estimate import estimate
     from cosmos_fast.engine.precision import resolve_device, resolve_precision
     from cosmos_fast.engine.schedules import total_steps
+    from cosmos_fast.model.compute import why_not_here
 
     device = resolve_device(config.run.device)
     precision = resolve_precision(config.run.precision, device).name
     needs = estimate(config, precision)
     click.echo(dump_config(config), nl=False)
     click.echo(f"# device               {device}, {precision}")
+    click.echo(f"# compute              {config.compute.changes() or 'defaults'}")
+    if (objection := why_not_here(config.model, config.compute, device)) is not None:
+        click.echo(f"#   not on this machine: {objection}")
     click.echo(f"# parameters           {needs.parameters / 1e6:.1f} M")
     click.echo(f"# FLOPs per sample     {needs.flops_per_sample / 1e9:.2f} G (forward and backward, all views)")
     click.echo(f"# memory, about        {needs.total_bytes / 2**30:.2f} GiB")

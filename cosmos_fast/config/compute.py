@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from cosmos_fast.config.checks import require, require_choice
@@ -46,3 +46,8 @@ class ComputeConfig:
             self.linear == "fp8" or self.fp8_backend == "auto",
             f"compute.fp8_backend is {self.fp8_backend!r}, but compute.linear is 'plain': set compute.linear=fp8",
         )
+
+    def changes(self) -> str:
+        """What differs from the defaults, as `--set` takes it below `compute`; empty for nothing."""
+        values = ((field, getattr(self, field.name)) for field in fields(self))
+        return ", ".join(f"{field.name}={value}" for field, value in values if value != field.default)

@@ -151,6 +151,15 @@ class TrainConfig:
             require(
                 not self.model.crossmodal, "objective 'clip' leaves the poolers untrained: set model.crossmodal=false"
             )
+        require(
+            not (self.compute.cuda_graphs and self.run.accumulate_steps > 1),
+            "compute.cuda_graphs replays one forward pass a step: set run.accumulate_steps=1 or "
+            "compute.cuda_graphs=false",
+        )
+        require(
+            not (self.compute.linear == "fp8" and self.run.precision == "fp16"),
+            "compute.linear=fp8 goes with bf16: set run.precision=bf16 or compute.linear=plain",
+        )
         if self.data.views.local_crops:
             patch_size = self.model.vision.patch_size
             local = self.data.views.local_image_size

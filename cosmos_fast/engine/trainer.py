@@ -16,6 +16,7 @@ from cosmos_fast.data.batch import Batch, BatchSource
 from cosmos_fast.engine.checkpoint import load
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
+from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
 from cosmos_fast.engine.out_of_memory import out_of_memory_explained
@@ -61,6 +62,7 @@ class Trainer:
     # what is trained
     device: torch.device
     precision: Precision
+    scaler: LossScaler
     student: CosmosModel
     teacher: CosmosModel
     gradients: Gradients
@@ -90,6 +92,8 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.precision = resolve_precision(config.run.precision, self.device)
+        self.state = replace(self.plan.state)
+        self.scaler = LossScaler(self.precision, self.state)
         torch.manual_seed(config.seed)
         self.student = create_model(config.model).to(self.device).train()
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -101,9 +105,9 @@ class Trainer:
             *(self.student, self.teacher, objective, config.data.views, self.precision),
             negatives=config.run.negatives,
             clock=self.clock,
+            scaler=self.scaler,
         )
         self.optimizer = build_optimizer(config, self.student, self.teacher)
-        self.state = replace(self.plan.state)
         if self.plan.checkpoint is not None:
             self._restore(self.plan.checkpoint)
         self.metrics = Metrics([])
@@ -152,9 +156,10 @@ class Trainer:
         with out_of_memory_explained(self.config):
             losses = self.gradients.accumulate(micro_batches)
         with self.clock("optimizer"):
-            result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2])
+            result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2], loss_scale=self.scaler.scale)
+        overflow = self.scaler.update(result)
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
-        self._count_step(samples, micro_batches, result.applied)
+        self._count_step(samples, micro_batches, result.applied, overflow)
         return StepOutcome(
             loss=losses[2],
             clip_loss=losses[0],
@@ -163,6 +168,7 @@ class Trainer:
             ema_decay=decay,
             grad_norm=result.grad_norm,
             applied=result.applied,
+            overflow=overflow,
             samples=samples,
             data_ms=data_ms,
             step_ms=watch.lap_ms(),
@@ -189,7 +195,7 @@ class Trainer:
         names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
         return {name: float(parameters[name].detach().exp()) for name in names}
 
-    def _count_step(self, samples: int, micro_batches: Sequence[Batch], applied: bool) -> None:
+    def _count_step(self, samples: int, micro_batches: Sequence[Batch], applied: bool, overflow: bool) -> None:
         state, next_position = self.state, micro_batches[-1].next_position
         state.step += 1
         state.position = next_position
@@ -197,8 +203,9 @@ class Trainer:
         state.samples_seen += samples
         negatives = samples if self.config.run.negatives == "all" else None
         state.flops += sum(self._flops(batch, negatives) for batch in micro_batches)
-        state.skipped += not applied
-        state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + 1
+        failed = not (applied or overflow)
+        state.skipped += failed
+        state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + failed
 
     def _flops(self, batch: Batch, negatives: int | None) -> float:
         """What the result of a micro-batch needs on all ranks, if theirs are like this one; nothing recomputed counts.
@@ -250,6 +257,8 @@ class Trainer:
             *(self.config.name, self.state.step, self.total_steps, batch),
             *(self.precision.name, self.device, self.plan.folder),
         )
+        if self.config.compute.changes():
+            _log.info("compute: %s", self.config.compute.changes())
         if warmup >= self.total_steps:
             _log.warning("schedule.warmup_steps=%d spans all %d steps: the rate never peaks", warmup, self.total_steps)
         if run.world_size_hint and run.world_size_hint != self.world_size:

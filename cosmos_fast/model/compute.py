@@ -5,41 +5,54 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 
 import torch
 from torch import nn
 
-from cosmos_fast.config import ComputeConfig
-from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.config import ComputeConfig, ModelConfig
+from cosmos_fast.model.cosmos import CosmosModel, create_model
 from cosmos_fast.model.cross_pool import CrossAttentionPool
+from cosmos_fast.model.fp8 import use_fp8_linear
 from cosmos_fast.model.savings import Savings
+from cosmos_fast.model.vision_graphs import use_vision_graphs
 from cosmos_fast.utils import nvidia_apex
 from cosmos_fast.utils.capabilities import why_unusable
 from cosmos_fast.utils.errors import UserError
 
 COMPILER = "inductor"
-_HERE = ("compile", "checkpoint_activations", "layer_norm")
-_ELSEWHERE = ("optimizer",)  # fields that are not about the model
 
 
 def apply_compute(model: CosmosModel, compute: ComputeConfig, device: torch.device) -> None:
-    """Set up `model`, which lies on `device`, in place.
+    """Set up `model`, which lies on `device`, in place; `compute.optimizer` is the engine's.
 
     Raises:
-        UserError: what this machine cannot do, or what is not implemented.
+        UserError: what this machine cannot do.
     """
-    for field in fields(compute):
-        value = getattr(compute, field.name)
-        if value != field.default and field.name not in (*_HERE, *_ELSEWHERE):
-            raise UserError(f"compute.{field.name}={value} is not implemented yet: leave it at {field.default}")
+    model.set_attention(compute.attention, device)
     if compute.compile and (reason := why_no_compiler(device)) is not None:
-        raise UserError(f"compute.compile=true needs a compiler, but {reason}: set compute.compile=false")
+        raise UserError(f"compute.compile=true needs a compiler, but {reason}; set compute.compile=false")
     if compute.layer_norm == "apex":
         _use_fused_layer_norm(model, nvidia_apex.fused_layer_norm(device))
     savings = Savings(compute.checkpoint_activations, COMPILER if compute.compile else None)
-    for block in (*model.transformer.blocks, *model.visual.transformer.blocks):
+    blocks = [*model.transformer.blocks, *model.visual.transformer.blocks]
+    for block in blocks:
         block.savings = savings
+    if compute.linear == "fp8":
+        use_fp8_linear(blocks, compute.fp8_backend, device)
+    if compute.cuda_graphs:
+        use_vision_graphs(model.visual, device)
+
+
+def why_not_here(model: ModelConfig, compute: ComputeConfig, device: torch.device) -> str | None:
+    """What stands against `compute` on `device`, None for nothing. No weights are allocated."""
+    try:
+        with torch.device("meta"):
+            apply_compute(create_model(model), compute, device)
+        if compute.optimizer == "apex":
+            nvidia_apex.fused_adam(device)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _use_fused_layer_norm(model: nn.Module, make: Callable[..., nn.Module]) -> None:

@@ -24,15 +24,16 @@ class Savings:
     torch.compile such as "inductor", or None."""
 
     recompute: str = "none"
-    compiler: str | None = None
+    compiler: str | Callable[..., Any] | None = None
 
     def run(self, part: Callable[..., Any], block: torch.nn.Module, *tensors: Tensor) -> Any:
         """`part(block, *tensors)`; every tensor has its rows, whose number varies, in front."""
         if self.compiler is None:
             return part(block, *tensors)
-        for tensor in tensors:
+        inputs = [_NoView.apply(tensor) if tensor._is_view() else tensor for tensor in tensors]
+        for tensor in inputs:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return _compiled(part, self.compiler)(block, *tensors)
+        return _compiled(part, self.compiler)(block, *inputs)
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -42,6 +43,18 @@ def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
+class _NoView(torch.autograd.Function):
+    """The same memory as a tensor of its own: the compiler makes a graph for every shape that a view was cut out of."""
+
+    @staticmethod
+    def forward(_: Any, view: Tensor) -> Tensor:
+        return view.new_empty(0).set_(view)  # type: ignore[call-overload]
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
 @cache
-def _compiled(part: Callable[..., Any], compiler: str) -> Callable[..., Any]:
+def _compiled(part: Callable[..., Any], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(part, backend=compiler)

@@ -75,6 +75,10 @@ PACKAGES = (
         "images are decoded and cropped by PIL",
     ),
     OptionalPackage("apex", "apex", ("apex",), "nothing: torch and csrc do its work", _apex_fault),
+    OptionalPackage("torchao", "torchao", ("torchao",), "no fp8 linear layers through it"),
+    OptionalPackage(
+        "transformer_engine", "transformer_engine", ("transformer-engine",), "no fp8 linear layers through it"
+    ),
     OptionalPackage("webdataset", "webdataset", ("webdataset",), "no writing of shards"),
     OptionalPackage("tensorboard", "tensorboard", ("tensorboard",), "metrics go to metrics.jsonl only"),
     OptionalPackage("wandb", "wandb", ("wandb",), "metrics go to metrics.jsonl only"),

@@ -15,6 +15,7 @@ from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import load_config
 from cosmos_fast.engine.estimate import activation_values, estimate
 from cosmos_fast.model import create_model
+from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import make_batch, tiny_config
@@ -128,22 +129,34 @@ def test_dry_run_prints_a_config_that_loads_and_touches_nothing(
     out = capsys.readouterr().out
     assert load_config(yaml.safe_load(out)) == load_config(get_recipe(recipe), ["optimizer.lr=3e-4"])
     assert list(tmp_path.iterdir()) == []
+    assert "compute              defaults" in out
     if recipe == "cc12m_vit_b_16":
         assert "parameters           152.4 M" in out
         assert f"steps                {32 * 10_010_225 // 4096}, 32.00 epochs" in out
         assert "4096 on 128 ranks" in out
 
 
-def test_memory_estimate_follows_what_autograd_keeps(tmp_path: Path) -> None:
+def test_dry_run_says_what_this_machine_cannot_do(capsys) -> None:
+    settings = ["--set=compute={cuda_graphs: true, checkpoint_activations: mlp}", "--set=run.device=cpu"]
+    assert run(command, ["train", "--recipe", "demo", *settings, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "compute              checkpoint_activations=mlp, cuda_graphs=True" in out
+    assert "not on this machine: compute.cuda_graphs=true: CUDA graphs need a GPU, this run is on cpu" in out
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "blocks"])
+def test_memory_estimate_follows_what_autograd_keeps(recompute: str, tmp_path: Path) -> None:
     import torch
 
     config = tiny_config(
         tmp_path,
+        f"compute.checkpoint_activations={recompute}",
         "model.vision={image_size: 48, patch_size: 8, width: 64, layers: 4, head_width: 32}",
         "model.text={context_length: 32, vocab_size: 64, width: 64, heads: 2, layers: 4}",
         "data.views.local_image_size=24",
     )
     model = create_model(config.model)
+    apply_compute(model, config.compute, torch.device("cpu"))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -157,7 +170,7 @@ def test_memory_estimate_follows_what_autograd_keeps(tmp_path: Path) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(batch.images, batch.texts)
     measured = sum(size for size, _ in kept.values())
-    assert 0.7 < 4 * 4 * activation_values(config.model, config.data.views) / measured < 1.4
+    assert 0.7 < 4 * 4 * activation_values(config.model, config.data.views, recompute) / measured < 1.4
     needs = estimate(config, "fp32")
     assert needs.parameters == sum(p.numel() for p in model.parameters())
     assert needs.total_bytes == 20 * needs.parameters + needs.activations_bytes

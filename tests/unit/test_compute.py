@@ -5,12 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from cosmos_fast.utils.errors import UserError
-from tests.tiny_run import make_trainer, tiny_config
+from cosmos_fast.config import ComputeConfig
+from cosmos_fast.model.compute import apply_compute
+from tests.fake_apex import nvidia_apex
+from tests.tiny_run import losses_of, make_trainer, tiny_config
+from tests.unit.test_savings import CPU, batch, make, run
+
+__all__ = ["nvidia_apex"]
 
 
-@pytest.mark.parametrize("setting", ["cuda_graphs=true", "optimizer=torch", "linear=fp8"])
-def test_what_is_missing_is_refused_in_one_line(setting: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=setting.partition("=")[0]):
-        make_trainer(tiny_config(tmp_path, f"compute.{setting}"))
+def test_apex_layer_norm_takes_over_the_parameters(nvidia_apex: list[str]) -> None:
+    plain, model = make(), make()
+    apply_compute(model, ComputeConfig(layer_norm="apex"), CPU)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    expected, _ = run(plain, batch(0))
+    found, _ = run(model, batch(0))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # 3 blocks of two norms in either tower; ln_pre, ln_post for features and patches; ln_final for features and tokens
+    assert nvidia_apex.count("FusedLayerNorm") == 2 * 3 * 2 + 5
+
+
+@pytest.mark.parametrize("setting", ["checkpoint_activations=mlp", "checkpoint_activations=blocks"])
+def test_a_run_is_the_same_run(setting: str, tmp_path: Path) -> None:
+    plain = make_trainer(tiny_config(tmp_path, "run.max_steps=3", "name=plain"))
+    changed = make_trainer(tiny_config(tmp_path, "run.max_steps=3", "name=changed", f"compute.{setting}"))
+    for trainer in (plain, changed):
+        trainer.fit()
+    assert losses_of(changed) == losses_of(plain)
+
+
+def test_bf16_is_the_default_on_a_gpu_that_has_it(monkeypatch) -> None:
+    from cosmos_fast.engine.precision import resolve_precision
+
+    cuda = torch.device("cuda")
+    for capability, name in (((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert resolve_precision("auto", cuda).name == name
+        assert resolve_precision("fp16", cuda).name == "fp16"
+    assert resolve_precision("auto", CPU).name == "fp32"

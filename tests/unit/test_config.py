@@ -111,6 +111,7 @@ def test_later_override_wins_and_section_can_be_given_whole() -> None:
         ("compute.linear=fp4", "'compute.linear' is 'fp4'"),
         ("compute.checkpoint=mlp", "did you mean 'compute.checkpoint_activations'"),
         ("compute.fp8_backend=te", "set compute.linear=fp8"),
+        ("compute={compile: true, layer_norm: apex}", "set compute.layer_norm=torch"),
     ],
 )
 def test_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:
@@ -118,6 +119,13 @@ def test_mistake_is_one_line_that_names_the_key(override: str, message: str) -> 
         load_config(BASE, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_that_do_not_go_together() -> None:
+    with pytest.raises(UserError, match=r"set run\.accumulate_steps=1 or compute\.cuda_graphs=false"):
+        load_config(BASE, ["compute.cuda_graphs=true", "run.accumulate_steps=2"])
+    with pytest.raises(UserError, match=r"set run\.precision=bf16 or compute\.linear=plain"):
+        load_config(BASE, ["compute.linear=fp8", "run.precision=fp16"])
 
 
 @pytest.mark.parametrize(

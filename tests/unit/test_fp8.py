@@ -1,0 +1,124 @@
+"""8-bit linear layers: who refuses them, and what they do to a model, in torchao's emulation and a stand-in."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextlib import contextmanager
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos_fast.model import CosmosModel, create_model, fp8
+from cosmos_fast.model.fp8 import use_fp8_linear
+from cosmos_fast.utils import capabilities
+from cosmos_fast.utils.errors import UserError
+from tests.tiny_run import make_trainer, tiny_config
+from tests.unit.test_savings import batch, make, run
+
+CUDA = torch.device("cuda")
+
+
+def blocks_of(model: CosmosModel) -> list:
+    return [*model.transformer.blocks, *model.visual.transformer.blocks]
+
+
+@pytest.fixture
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """A package like NVIDIA's as far as this program uses it. Lists (rows, inside its autocast) of every product."""
+    products: list[tuple[int, bool]] = []
+    inside = [False]
+
+    class Linear(nn.Module):
+        def __init__(self, in_features: int, out_features: int, params_dtype: torch.dtype, device: str) -> None:
+            super().__init__()
+            assert (params_dtype, device) == (torch.float32, "meta")
+            self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device))
+            self.bias = nn.Parameter(torch.empty(out_features, device=device))
+            self.register_buffer("extra", torch.zeros(1))  # must not show in the model's state
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[0] % 8 == 0
+            assert x.shape[1] % 16 == 0
+            products.append((x.shape[0], inside[0]))
+            return F.linear(x, self.weight, self.bias)
+
+    @contextmanager
+    def fp8_autocast(enabled: bool, fp8_recipe: object):
+        assert (enabled, fp8_recipe) == (True, "current scaling")
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    for name, content in (
+        ("transformer_engine", {}),
+        ("transformer_engine.pytorch", {"Linear": Linear, "fp8_autocast": fp8_autocast}),
+        ("transformer_engine.common", {}),
+        ("transformer_engine.common.recipe", {"Float8CurrentScaling": lambda: "current scaling"}),
+    ):
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(fp8, "why_unusable", lambda name: None if name == "transformer_engine" else f"no {name}")
+    monkeypatch.setattr(fp8, "why_no_fp8", lambda device: None)
+    return products
+
+
+def test_refused_on_a_cpu_on_an_old_gpu_and_without_a_package(tmp_path, monkeypatch) -> None:
+    with pytest.raises(UserError, match=r"capability 8\.9 and up, this run is on cpu; set compute\.linear=plain"):
+        make_trainer(tiny_config(tmp_path, "compute.linear=fp8"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match=r"need compute capability 8\.9 \(Ada, Hopper\), this GPU has 8\.0"):
+        use_fp8_linear(blocks_of(make()), "auto", CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8, "why_unusable", lambda name: f"{name} is not installed")
+    with pytest.raises(UserError, match=r"torchao is not installed and transformer_engine is not installed; set"):
+        use_fp8_linear(blocks_of(make()), "auto", CUDA)
+    with pytest.raises(UserError, match=r"fp8: transformer_engine is not installed; set compute\.linear=plain"):
+        use_fp8_linear(blocks_of(make()), "te", CUDA)
+
+
+def test_doctor_knows_both_packages() -> None:
+    assert {"torchao", "transformer_engine"} <= {package.name for package in capabilities.PACKAGES}
+
+
+def test_transformer_engine_gets_padded_rows_and_the_model_keeps_its_parameters(transformer_engine: list) -> None:
+    plain = make()
+    model = copy.deepcopy(plain)
+    use_fp8_linear(blocks_of(model), "auto", CUDA)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    expected, _ = run(plain, batch(0))
+    for changed in (model, copy.deepcopy(model)):  # a copy computes with its own parameters
+        transformer_engine.clear()
+        found, _ = run(changed, batch(0))
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6)
+        # 2 towers of 3 blocks, 4 products each, but for the last blocks' first
+        assert len(transformer_engine) == 2 * (3 * 4 - 1)
+        assert all(inside and rows % 16 == 0 for rows, inside in transformer_engine)
+
+
+def test_width_that_8_bit_products_do_not_take(transformer_engine: list, tmp_path) -> None:
+    config = tiny_config(tmp_path, "model.text={context_length: 8, vocab_size: 64, width: 24, heads: 2, layers: 2}")
+    with pytest.raises(UserError, match="multiples of 16, one is 24"):
+        use_fp8_linear(blocks_of(create_model(config.model)), "te", CUDA)
+
+
+def test_emulated_torchao_is_near_and_leaves_names_alone() -> None:
+    pytest.importorskip("torchao.float8")
+    plain = make()
+    model = copy.deepcopy(plain)
+    use_fp8_linear(blocks_of(model), "torchao", torch.device("cpu"), emulate=True)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    expected, _ = run(plain, batch(0))
+    found, _ = run(model, batch(0))
+    assert found.keys() == expected.keys()
+    assert not torch.equal(found["text_projection"], expected["text_projection"])
+    # The text tower starts from embeddings of 0.01, whose normalised sums differ by little more than 8 bits resolve.
+    for name in filter(lambda name: name.startswith("visual.transformer"), expected):
+        near = F.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
+        assert near > 0.98, (name, near)
