@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cosmos_fast.cli import batch_size
+from cosmos_fast.cli import batch_size, profiling
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
@@ -37,6 +37,10 @@ _log = get_logger(__name__)
     help="Continue from the newest valid checkpoint of the run folder (from scratch if there is none), or from PATH.",
 )
 @click.option("--overwrite", is_flag=True, help="Remove the checkpoints and metrics of a former run of this name.")
+@click.option("--profile", is_flag=True, help="Train a few steps, show where the time goes; nothing else is touched.")
+@click.option(
+    "--profile-steps", type=click.IntRange(1), metavar="N", help="Steps that --profile times; 10 if not given."
+)
 @click.option("--find-batch-size", is_flag=True, help="Measure the largest batch that fits memory; write nothing.")
 @click.option(
     "--memory-limit",
@@ -52,6 +56,8 @@ def command(
     overrides: tuple[str, ...],
     resume: str | None,
     overwrite: bool,
+    profile: bool,
+    profile_steps: int | None,
     find_batch_size: bool,
     memory_limit: float | None,
     dry_run: bool,
@@ -61,6 +67,8 @@ def command(
 
     Writes <run.out_dir>/<name>/: config.yaml, metrics.jsonl, log.txt, checkpoints/. SIGTERM or SIGUSR1 finishes the
     step, saves a checkpoint and ends with exit status 0; a second one kills.
+
+    --profile writes <run.out_dir>/<name>/profile/ only: ledger.json, trace.json, on CUDA memory_snapshot.pickle.
 
     \b
     cosmos-fast train --recipe cc12m_vit_b_16 --set data.train='shards/{00000..02175}.tar'
@@ -74,13 +82,26 @@ def command(
     setup_logging()
     config = resolve_config(recipe, config_file, overrides)
     refuse_several_ranks()
-    if find_batch_size or memory_limit is not None:
+    if profile or profile_steps is not None:
+        check_profile_options(profile, resume is not None or overwrite or dry_run or find_batch_size)
+        profiling.profile(config, profile_steps or profiling.DEFAULT_STEPS)
+    elif find_batch_size or memory_limit is not None:
         check_batch_size_options(find_batch_size, resume is not None or overwrite or dry_run)
         batch_size.find_batch_size(config, memory_limit)
     elif dry_run:
         describe(config)
     else:
         train(config, resume, overwrite)
+
+
+def check_profile_options(profile: bool, others: bool) -> None:
+    """--profile stands alone: it starts from fresh weights, and touches no run."""
+    if not profile:
+        raise UserError("--profile-steps says how long to profile: give --profile as well")
+    if others:
+        raise UserError(
+            "--profile starts from fresh weights and keeps no run: leave out --resume, --overwrite, --dry-run"
+        )
 
 
 def check_batch_size_options(find_batch_size: bool, others: bool) -> None:

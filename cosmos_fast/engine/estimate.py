@@ -1,12 +1,14 @@
-"""What a run will need, worked out from its configuration alone."""
+"""What a run will need, worked out from its configuration alone; and what a step of it has needed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cosmos_fast.config import ModelConfig, TrainConfig, ViewsConfig
+from cosmos_fast.data.batch import Batch
 from cosmos_fast.model import create_model
 from cosmos_fast.model.flops import sample_flops
 
@@ -80,3 +82,25 @@ def _towers(model: ModelConfig, views: ViewsConfig) -> list[tuple[int, int]]:
     text_tokens = views.text_views * model.text.context_length
     vision, text = model.vision, model.text
     return [(image_tokens * vision.width, vision.layers), (text_tokens * text.width, text.layers)]
+
+
+def step_flops(
+    config: TrainConfig, micro_batches: Sequence[Batch], world_size: int = 1, *, pruned: bool = True
+) -> float:
+    """What the result of an optimizer step needs on all ranks, if theirs are like this one; nothing recomputed counts.
+
+    pruned: see `sample_flops`.
+    """
+    sizes = [len(batch.keys) * world_size for batch in micro_batches]
+    together = config.run.negatives == "all"
+    counted = (
+        sample_flops(
+            config.model,
+            config.data.views,
+            caption_tokens=batch.caption_tokens or None,
+            global_batch=sum(sizes) if together else size,
+            pruned=pruned,
+        )
+        for batch, size in zip(micro_batches, sizes, strict=True)
+    )
+    return sum(size * flops.training for size, flops in zip(sizes, counted, strict=True))

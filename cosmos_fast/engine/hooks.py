@@ -31,8 +31,8 @@ Validator = Callable[[int, nn.Module, nn.Module], Mapping[str, float]]
 @dataclass(frozen=True)
 class StepOutcome:
     """One optimizer step. Losses are 0-dim tensors on the device, means over the micro-batches; reading one waits for
-    the GPU. overflow: the step was not applied because the loss scale was too large. samples: over all ranks. keys: of
-    this rank's samples."""
+    the GPU. overflow: the step was not applied because the loss scale was too large. samples, flops: over all
+    ranks; keys: of this rank's samples."""
 
     loss: Tensor
     clip_loss: Tensor
@@ -43,6 +43,7 @@ class StepOutcome:
     applied: bool
     overflow: bool
     samples: int
+    flops: float
     data_ms: float
     step_ms: float
     keys: list[str]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cosmos_fast.engine.hooks import StepOutcome
 from cosmos_fast.utils.logging import get_logger
+from cosmos_fast.utils.memory import MIB, peak_bytes
 from cosmos_fast.utils.timing import format_duration
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class Progress:
         self._every_steps = every_steps
         self._steps = 0
         self._samples = 0
+        self._flops = 0.0
         self._data_ms = 0.0
         self._step_ms = 0.0
 
@@ -29,6 +31,7 @@ class Progress:
         """Count the step; report when it is time."""
         self._steps += 1
         self._samples += outcome.samples
+        self._flops += outcome.flops
         self._data_ms += outcome.data_ms
         self._step_ms += outcome.step_ms
         step = trainer.state.step
@@ -37,7 +40,7 @@ class Progress:
         row = self._row(trainer, outcome)
         trainer.metrics.write(row)
         _log.info("%s", self._line(trainer, row))
-        self._steps, self._samples, self._data_ms, self._step_ms = 0, 0, 0.0, 0.0
+        self._steps, self._samples, self._flops, self._data_ms, self._step_ms = 0, 0, 0.0, 0.0, 0.0
 
     def _row(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
         state = trainer.state
@@ -59,10 +62,19 @@ class Progress:
             "data_ms": self._data_ms / self._steps,
             "samples_per_s": self._samples / wall_ms * 1e3,
             "data_stall_pct": 100.0 * self._data_ms / wall_ms,
+            **self._utilisation(trainer, wall_ms / 1e3),
+            "peak_memory_mib": peak_bytes(trainer.device) / MIB,
             "skipped": state.skipped,
             "bad_samples": sum(trainer.loader.stats.values()),
             "flops": state.flops,
         }
+
+    def _utilisation(self, trainer: Trainer, wall_s: float) -> dict[str, float]:
+        """Model FLOPs utilisation, percent; nothing where the hardware's rate is not known."""
+        if trainer.peak_rate is None:
+            return {}
+        available = trainer.peak_rate.flops_per_s * trainer.world_size * wall_s
+        return {"mfu_pct": 100.0 * self._flops / available}
 
     def _line(self, trainer: Trainer, row: dict[str, Any]) -> str:
         seconds_a_step = (row["step_ms"] + row["data_ms"]) / 1e3
@@ -70,7 +82,9 @@ class Progress:
         loss = f"loss {row['loss']:.4f}"
         if trainer.config.objective == "cosmos":
             loss += f" (clip {row['clip_loss']:.4f} + distill {row['distill_loss']:.4f})"
+        mfu = f"MFU {row['mfu_pct']:.1f} %  " if "mfu_pct" in row else ""
         return (
             f"step {row['step']}/{trainer.total_steps}  {loss}  lr {row['lr']:.2e}  "
-            f"{row['samples_per_s']:.1f} samples/s  data stall {row['data_stall_pct']:.0f} %  ETA {eta}"
+            f"{row['samples_per_s']:.1f} samples/s  {mfu}data stall {row['data_stall_pct']:.0f} %  "
+            f"peak {row['peak_memory_mib'] / 1024:.1f} GiB  ETA {eta}"
         )

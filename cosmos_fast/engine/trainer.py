@@ -14,6 +14,7 @@ import torch
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch, BatchSource
 from cosmos_fast.engine.checkpoint import load
+from cosmos_fast.engine.estimate import step_flops
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.loss_scale import LossScaler
@@ -30,9 +31,9 @@ from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.model import CosmosModel, create_model
 from cosmos_fast.model.compute import apply_compute
-from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
+from cosmos_fast.utils.peak_rates import PeakRate, peak_rate
 from cosmos_fast.utils.signals import StopRequest
 from cosmos_fast.utils.timing import Stopwatch
 
@@ -47,6 +48,7 @@ class Trainer:
         loader: batches of this rank from plan.state.position on, without end.
         validators: called every run.evaluate_every_steps with (step, student, teacher).
         plan: from plan_run(); None starts from scratch.
+        clock: told of every phase of a step.
 
     Raises:
         UserError: a run folder in use, a checkpoint that cannot be written, too many steps with NaN or Inf.
@@ -62,6 +64,7 @@ class Trainer:
     # what is trained
     device: torch.device
     precision: Precision
+    peak_rate: PeakRate | None
     scaler: LossScaler
     student: CosmosModel
     teacher: CosmosModel
@@ -82,6 +85,7 @@ class Trainer:
         *,
         plan: RunPlan | None = None,
         world_size: int = 1,
+        clock: PhaseClock = no_clock,
     ) -> None:
         self.config = config
         self.plan = plan or plan_run(config)
@@ -92,6 +96,7 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.device = resolve_device(config.run.device)
         self.precision = resolve_precision(config.run.precision, self.device)
+        self.peak_rate = peak_rate(self.device, "fp8" if config.compute.linear == "fp8" else self.precision.name)
         self.state = replace(self.plan.state)
         self.scaler = LossScaler(self.precision, self.state)
         torch.manual_seed(config.seed)
@@ -99,7 +104,7 @@ class Trainer:
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         for model in (self.student, self.teacher):
             apply_compute(model, config.compute, self.device)
-        self.clock = no_clock
+        self.clock = clock
         objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
         self.gradients = Gradients(
             *(self.student, self.teacher, objective, config.data.views, self.precision),
@@ -159,7 +164,8 @@ class Trainer:
             result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2], loss_scale=self.scaler.scale)
         overflow = self.scaler.update(result)
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
-        self._count_step(samples, micro_batches, result.applied, overflow)
+        flops = step_flops(self.config, micro_batches, self.world_size)
+        self._count_step(samples, flops, micro_batches[-1].next_position, result.applied, overflow)
         return StepOutcome(
             loss=losses[2],
             clip_loss=losses[0],
@@ -170,6 +176,7 @@ class Trainer:
             applied=result.applied,
             overflow=overflow,
             samples=samples,
+            flops=flops,
             data_ms=data_ms,
             step_ms=watch.lap_ms(),
             keys=[key for batch in micro_batches for key in batch.keys],
@@ -177,7 +184,8 @@ class Trainer:
 
     def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
         """The micro-batches of one step."""
-        return list(islice(batches, self.config.run.accumulate_steps))
+        with self.clock("data"):
+            return list(islice(batches, self.config.run.accumulate_steps))
 
     @contextmanager
     def _keeping_steps(self) -> Iterator[None]:
@@ -195,28 +203,16 @@ class Trainer:
         names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
         return {name: float(parameters[name].detach().exp()) for name in names}
 
-    def _count_step(self, samples: int, micro_batches: Sequence[Batch], applied: bool, overflow: bool) -> None:
-        state, next_position = self.state, micro_batches[-1].next_position
+    def _count_step(self, samples: int, flops: float, next_position: int, applied: bool, overflow: bool) -> None:
+        state = self.state
         state.step += 1
         state.position = next_position
         state.epoch = next_position / self.loader.samples_per_epoch
         state.samples_seen += samples
-        negatives = samples if self.config.run.negatives == "all" else None
-        state.flops += sum(self._flops(batch, negatives) for batch in micro_batches)
+        state.flops += flops
         failed = not (applied or overflow)
         state.skipped += failed
         state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + failed
-
-    def _flops(self, batch: Batch, negatives: int | None) -> float:
-        """What the result of a micro-batch needs on all ranks, if theirs are like this one; nothing recomputed counts.
-
-        negatives: samples that share the loss, None for those of the micro-batch.
-        """
-        samples = len(batch.keys) * self.world_size
-        model, views = self.config.model, self.config.data.views
-        tokens = batch.caption_tokens or None
-        counted = sample_flops(model, views, caption_tokens=tokens, global_batch=negatives or samples)
-        return samples * counted.training
 
     def _restore(self, folder: Path) -> None:
         snapshot = load(folder)

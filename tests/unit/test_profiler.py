@@ -1,0 +1,182 @@
+"""`train --profile`: the ledger of a real run, what is written, and that nothing else is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from cosmos_fast.cli import profiling
+from cosmos_fast.cli.main import command, run
+from cosmos_fast.engine import profiler
+from cosmos_fast.engine.phases import OTHER, PHASES, PhaseTimer
+from cosmos_fast.engine.profiler import Operator, Profile, profile_run
+from cosmos_fast.engine.run_folder import RunPlan
+from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.model.flops import sample_flops
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.peak_rates import PeakRate
+from tests.shards import write_shards
+from tests.tiny_run import TINY, FakeLoader, make_trainer, rows_of, tiny_config
+
+
+def profiled(tmp_path: Path, *overrides: str, recipe: str = "demo", steps: int = 2) -> Profile:
+    config = tiny_config(tmp_path, *overrides, recipe=recipe)
+    timer = PhaseTimer(torch.device("cpu"))
+    plan = RunPlan(tmp_path / config.name)
+    trainer = Trainer(config, FakeLoader(config), plan=plan, clock=timer)  # type: ignore[arg-type]
+    return profile_run(trainer, timer, steps, plan.folder / "profile")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch) -> None:
+    monkeypatch.setattr(profiler, "measured_rate", lambda device, precision: PeakRate(1e11, "measured: made up"))
+    monkeypatch.setattr(profiler, "WARMUP_STEPS", 1)
+    monkeypatch.setattr(profiler, "TRACE_STEPS", 1)
+
+
+@pytest.fixture
+def _no_trace(monkeypatch) -> None:
+    """torch's profiler takes seconds."""
+
+    def trace(stepper: object, folder: Path, files: dict[str, str]) -> list[Operator]:
+        (folder / "trace.json").write_text("{}")
+        files["trace"] = "trace.json"
+        return []
+
+    monkeypatch.setattr(profiler, "_trace", trace)
+
+
+@pytest.mark.usefixtures("_no_trace")
+@pytest.mark.parametrize("recipe", ["demo", "demo_clip"])
+def test_the_ledger_sums_to_the_wall_and_counts_the_useful_flops(recipe: str, tmp_path: Path) -> None:
+    found = profiled(tmp_path, "run.accumulate_steps=2", recipe=recipe, steps=3)
+    ledger = found.ledger
+    assert list(ledger.phase_ms) == [*PHASES, OTHER]
+    assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms)
+    busy = {"data", "student", "loss", "backward", "optimizer"} | ({"teacher"} if recipe == "demo" else set())
+    assert {phase for phase in PHASES if ledger.phase_ms[phase] > 0} == busy
+    assert (ledger.steps, found.samples) == (3, 8)
+    config = tiny_config(tmp_path, recipe=recipe)
+    for pruned, flops in ((True, found.flops), (False, found.flops_unpruned)):
+        counted = sample_flops(config.model, config.data.views, global_batch=4, pruned=pruned)
+        assert flops == pytest.approx(8 * counted.training)
+    assert found.samples_per_s == pytest.approx(8e3 / ledger.wall_ms)
+    assert found.mfu_pct() == pytest.approx(100 * found.flops / (ledger.wall_ms / 1e3) / 1e11)
+    unpruned = found.mfu_pct(pruned=False)
+    assert unpruned is not None
+    assert unpruned > found.mfu_pct()  # type: ignore[operator]
+
+
+@pytest.mark.usefixtures("_no_trace")
+def test_with_all_negatives_the_second_forward_is_a_phase_and_no_useful_work(tmp_path: Path) -> None:
+    found = profiled(tmp_path, "run.accumulate_steps=2", "run.negatives=all", steps=2)
+    assert found.ledger.phase_ms["recompute"] > 0
+    assert sum(found.ledger.phase_ms.values()) == pytest.approx(found.ledger.wall_ms)
+    config = tiny_config(tmp_path)
+    counted = sample_flops(config.model, config.data.views, global_batch=8)
+    assert found.flops == pytest.approx(8 * counted.training)
+
+
+def test_files_and_table_say_the_same(tmp_path: Path, capsys) -> None:
+    found = profiled(tmp_path)
+    folder = tmp_path / "demo" / "profile"
+    assert {path.name for path in folder.iterdir()} == {"ledger.json", "trace.json"}
+    assert [path.name for path in (tmp_path / "demo").iterdir()] == ["profile"]
+    stored = json.loads((folder / "ledger.json").read_text())
+    assert stored["ledger"]["phase_ms"] == found.ledger.phase_ms
+    assert stored["mfu_pct"] == found.mfu_pct()
+    assert stored["peak"]["source"] == "measured: made up"
+    names = {event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]}
+    assert {"phase: student", "phase: backward", "phase: optimizer"} <= names
+    assert "[memory]" in names
+    assert found.operators[0].cpu_ms >= found.operators[-1].cpu_ms > 0
+    assert any(one.name == "aten::addmm" for one in found.operators)
+    console = Console(width=140, record=True)
+    profiling.show(found, folder, console)
+    shown = console.export_text() + capsys.readouterr().out
+    for text in ("student", "wall", "MFU", "made up", "waiting for data", "no memory snapshot", "trace.json"):
+        assert text in shown, text
+    assert "recompute" not in shown
+
+
+@pytest.mark.usefixtures("_no_trace")
+def test_an_existing_run_is_left_alone_and_a_former_profile_replaced(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path, "run.max_steps=2"))
+    trainer.fit()
+    folder = trainer.plan.folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "profile").mkdir()
+    (folder / "profile" / "memory_snapshot.pickle").write_text("of another day")
+    profiled(tmp_path, steps=1)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {"ledger.json", "trace.json"}
+    assert {path: after[path] for path in before} == before
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("a file")
+    with pytest.raises(UserError, match=r"the profile cannot be written to .*set run.out_dir"):
+        profiled(tmp_path)
+
+
+def test_the_command_profiles_with_the_real_loader_and_compresses_a_large_trace(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(profiler, "LARGE_BYTES", 1000)
+    shards = write_shards(tmp_path / "shards", (6,))
+    settings = [*TINY, f"run.out_dir={tmp_path / 'runs'}", f"data.train=[{{path: {shards}}}]", "data.workers=0"]
+    settings.append("model.text={context_length: 8, vocab_size: 49408, width: 16, heads: 2, layers: 2}")
+    arguments = ["train", "--recipe", "demo", "--profile", "--profile-steps", "1"]
+    assert run(command, [*arguments, *(f"--set={setting}" for setting in settings)]) == 0
+    assert [path.name for path in (tmp_path / "runs" / "cosmos").iterdir()] == ["profile"]
+    folder = tmp_path / "runs" / "cosmos" / "profile"
+    assert {path.name for path in folder.iterdir()} == {"ledger.json", "trace.json.gz"}
+    with gzip.open(folder / "trace.json.gz") as file:
+        assert json.load(file)["traceEvents"]
+    stored = json.loads((folder / "ledger.json").read_text())
+    assert stored["samples"] == 4
+    assert stored["data_stall_pct"] > 0
+    assert "peak memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--profile-steps", "3"], "give --profile as well"),
+        (["--profile", "--resume"], "leave out --resume, --overwrite, --dry-run"),
+        (["--profile", "--overwrite"], "leave out --resume"),
+        (["--profile", "--set", "data.train=[]"], "data.train is empty"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(arguments: list[str], told: str, tmp_path: Path, capsys) -> None:
+    common = ["train", "--recipe", "demo", f"--set=run.out_dir={tmp_path / 'runs'}"]
+    assert run(command, [*common, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert told in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rows_have_peak_memory_and_mfu_where_the_rate_is_known(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path, "run.max_steps=3", "run.log_every_steps=2"))
+    assert trainer.peak_rate is None  # a CPU
+    trainer.peak_rate = PeakRate(1e10, "made up")
+    trainer.fit()
+    rows = rows_of(trainer)
+    assert all(row["peak_memory_mib"] > 10 for row in rows)
+    first, second = rows[:2]
+    wall_s = (second["step_ms"] + second["data_ms"]) / 1e3
+    assert second["mfu_pct"] == pytest.approx(100 * (second["flops"] - first["flops"]) / wall_s / 1e10)
+    log = (trainer.plan.folder / "log.txt").read_text()
+    assert "MFU" in log
+    assert "peak" in log
+    config = replace(tiny_config(tmp_path, "run.max_steps=1"), name="unknown")
+    trainer = make_trainer(config)
+    trainer.fit()
+    assert "mfu_pct" not in rows_of(trainer)[0]
