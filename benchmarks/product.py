@@ -6,32 +6,45 @@ Axes: B batch, V views, L tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cosmos_fast.config import OptimizerConfig, TrainConfig
+from cosmos_fast.config import ComputeConfig, OptimizerConfig, TrainConfig
 from cosmos_fast.engine.optimizer import build_optimizer
 from cosmos_fast.loss import CosmosLoss, CosmosLossOutput
-from cosmos_fast.model import CosmosModel, create_model
+from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures, create_model
+from cosmos_fast.model.compute import apply_compute
 
 GLOBAL_VIEWS = 2
+Criterion = Callable[[CosmosFeatures, TeacherFeatures], CosmosLossOutput]
 
 
 class ProductTrainer:
     """Student, teacher, loss and optimizer of `cosmos_fast`, without what the engine does between steps."""
 
     def __init__(
-        self, student: CosmosModel, *, weight_decay: float = 0.5, ema_decay: float = 0.999, precision: str = "fp32"
+        self,
+        student: CosmosModel,
+        *,
+        weight_decay: float = 0.5,
+        ema_decay: float = 0.999,
+        precision: str = "fp32",
+        compute: ComputeConfig | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
+        """compute: as in a run's configuration. criterion: the loss, `CosmosLoss()` if not given."""
+        compute = compute or ComputeConfig()
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
-        self.criterion = CosmosLoss()
+        for model in (self.student, self.teacher):
+            apply_compute(model, compute, student.logit_scale.device)
+        self.criterion = criterion or CosmosLoss()
         optimizer = OptimizerConfig(weight_decay=weight_decay)
-        config = TrainConfig(name="bench", model=student.config, optimizer=optimizer)
+        config = TrainConfig(name="bench", model=student.config, optimizer=optimizer, compute=compute)
         self.optimizer = build_optimizer(config, self.student, self.teacher)
         self.ema_decay = ema_decay
         device = student.logit_scale.device.type
@@ -40,13 +53,20 @@ class ProductTrainer:
 
     @classmethod
     def create(
-        cls, openclip: dict[str, Any], *, device: str, precision: str, weights: dict[str, Tensor] | None = None
+        cls,
+        openclip: dict[str, Any],
+        *,
+        device: str,
+        precision: str,
+        weights: dict[str, Tensor] | None = None,
+        compute: ComputeConfig | None = None,
+        criterion: Criterion | None = None,
     ) -> ProductTrainer:
         """A trainer of this architecture. weights: of student and teacher, under the original's names."""
         student = create_model(openclip).to(device)
         if weights is not None:
             student.load_reference_state_dict(weights)
-        return cls(student, precision=precision)
+        return cls(student, precision=precision, compute=compute, criterion=criterion)
 
     def step(self, images: list[Tensor], texts_VBL: Tensor, lr: float) -> CosmosLossOutput:
         """V crops [B, 3, H, W], captions [V, B, L]; returns the losses before the update."""

@@ -24,8 +24,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def commit() -> str:
     """Hash of the checked-out commit, with "+dirty" when tracked files other than results differ from it."""
     try:
-        revision = _git("rev-parse", "--short=12", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        revision = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{revision}+dirty" if changes else revision
@@ -120,7 +120,8 @@ def _rounded(value: object) -> object:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git says in the checkout; raises OSError or CalledProcessError."""
     found = subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True, timeout=30)
     return found.stdout.strip()
 

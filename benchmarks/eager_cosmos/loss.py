@@ -5,6 +5,7 @@ Axes: B batch, D embedding. A view is [B, D], normalised.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,19 +36,27 @@ def infonce(a_BD: Tensor, b_BD: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits_ab, labels) + F.cross_entropy(logits_ba, labels)) / 2
 
 
-def mean_over_pairs(rows: list[Tensor], columns: list[Tensor], scale: Tensor) -> Tensor:
+PairLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def mean_over_pairs(rows: list[Tensor], columns: list[Tensor], scale: Tensor, pair_loss: PairLoss) -> Tensor:
     """Mean of `infonce` over all pairs of a row view and a column view."""
-    losses = [infonce(row, column, scale) for row in rows for column in columns]
+    losses = [pair_loss(row, column, scale) for row in rows for column in columns]
     return torch.stack(losses).sum() / len(losses)
 
 
-def cosmos_loss(student: EagerFeatures, teacher: EagerFeatures, batch: int) -> EagerLosses:
-    """CLIP term: 2 global image views x all captions. Distillation: all cross-modal views x the teacher's views."""
+def cosmos_loss(
+    student: EagerFeatures, teacher: EagerFeatures, batch: int, pair_loss: PairLoss = infonce
+) -> EagerLosses:
+    """CLIP term: 2 global image views x all captions. Distillation: all cross-modal views x the teacher's views.
+
+    pair_loss: `infonce`, or a compiled one.
+    """
     assert student.image_crossmodal is not None
     assert student.text_crossmodal is not None
     images = list(student.image.split(batch))[:GLOBAL_VIEWS]
     crossmodal = [*student.image_crossmodal.split(batch), *student.text_crossmodal.split(batch)]
     targets = [*teacher.image.detach().split(batch), *teacher.text.detach().split(batch)]
-    clip = mean_over_pairs(images, list(student.text.split(batch)), student.logit_scale)
-    distill = mean_over_pairs(crossmodal, targets, student.distill_logit_scale)
+    clip = mean_over_pairs(images, list(student.text.split(batch)), student.logit_scale, pair_loss)
+    distill = mean_over_pairs(crossmodal, targets, student.distill_logit_scale, pair_loss)
     return EagerLosses(clip, distill)

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from benchmarks.eager_cosmos.layers import CrossAttentionPool, Transformer, causal_mask
 
-POOL_HEADS = 8
-
 
 @dataclass(frozen=True, kw_only=True)
 class EagerConfig:
@@ -33,6 +31,7 @@ class EagerConfig:
     text_width: int
     text_heads: int
     text_layers: int
+    pool_heads: int = 8
 
     def to_openclip(self) -> dict[str, Any]:
         """The same sizes as the dict that `cosmos_fast.create_model` takes."""
@@ -50,7 +49,7 @@ class EagerConfig:
             "heads": self.text_heads,
             "layers": self.text_layers,
         }
-        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text, "pool_heads": self.pool_heads}
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class VisionTower(nn.Module):
         self.transformer = Transformer(width, config.vision_layers, width // config.head_width)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, config.embed_dim))
-        self.attn_cross_pool = CrossAttentionPool(config.embed_dim, POOL_HEADS)
+        self.attn_cross_pool = CrossAttentionPool(config.embed_dim, config.pool_heads)
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings [1 + P, D] for a crop of height x width pixels.
@@ -129,7 +128,7 @@ class EagerCosmos(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.ln_final = nn.LayerNorm(width)
-        self.text_attn_cross_pool = CrossAttentionPool(embed, POOL_HEADS)
+        self.text_attn_cross_pool = CrossAttentionPool(embed, config.pool_heads)
         self.image_token_mapping = nn.Linear(config.vision_width, embed)
         self.text_token_mapping = nn.Linear(width, embed)
         self.register_buffer("attn_mask", causal_mask(config.context_length), persistent=False)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.eager_cosmos.loss import GLOBAL_VIEWS, EagerLosses, cosmos_loss
+from benchmarks.eager_cosmos.loss import GLOBAL_VIEWS, EagerLosses, PairLoss, cosmos_loss, infonce
 from benchmarks.eager_cosmos.model import EagerCosmos, EagerFeatures
 
 MAX_LOG_SCALE = math.log(100)
+Gather = Callable[[EagerFeatures, EagerFeatures, int], tuple[EagerFeatures, EagerFeatures, int]]
 NO_DECAY_NAMES = ("bn", "ln", "bias", "logit_scale")
 
 
@@ -42,9 +43,16 @@ class EagerTrainer:
     """Student, teacher and optimizer. `step` is `phases` run to its end; a profiler times the phases one by one."""
 
     def __init__(
-        self, student: EagerCosmos, *, weight_decay: float = 0.5, ema_decay: float = 0.999, precision: str = "fp32"
+        self,
+        student: EagerCosmos,
+        *,
+        weight_decay: float = 0.5,
+        ema_decay: float = 0.999,
+        precision: str = "fp32",
+        gather: Gather | None = None,
     ) -> None:
-        """precision: "fp32", or "bf16" for forward and loss under autocast as the original's `amp_bf16`."""
+        """precision: "fp32", or "bf16" for forward and loss under autocast as the original's `amp_bf16`. gather: what
+        other ranks add to the features before the loss, and how many samples there are then; None is one rank."""
         self.student = student
         device = student.logit_scale.device.type
         self.autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -53,6 +61,8 @@ class EagerTrainer:
         # The default implementation for the device: a Python loop on a CPU, foreach on CUDA.
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8)
         self.ema_decay = ema_decay
+        self.gather = gather
+        self.pair_loss: PairLoss = infonce
         self.losses: EagerLosses | None = None
 
     def step(self, images: list[Tensor], texts_VBL: Tensor, lr: float) -> EagerLosses:
@@ -66,6 +76,17 @@ class EagerTrainer:
         with torch.no_grad(), self.autocast():
             return self.teacher(images[:GLOBAL_VIEWS], texts_VBL[:GLOBAL_VIEWS], crossmodal=False)
 
+    def forward_student(self, images: list[Tensor], texts_VBL: Tensor) -> EagerFeatures:
+        with self.autocast():
+            return self.student(images, texts_VBL)
+
+    def compute_losses(self, student: EagerFeatures, teacher: EagerFeatures, batch: int) -> EagerLosses:
+        """Of [V*B, D] features with B = `batch`, or of more samples where `gather` adds them."""
+        if self.gather is not None:
+            student, teacher, batch = self.gather(student, teacher, batch)
+        with self.autocast():
+            return cosmos_loss(student, teacher, batch, self.pair_loss)
+
     def phases(self, images: list[Tensor], texts_VBL: Tensor, lr: float) -> Iterator[str]:
         """Run a step, yielding the name of each phase after it."""
         for group in self.optimizer.param_groups:
@@ -73,11 +94,9 @@ class EagerTrainer:
         self.optimizer.zero_grad()
         teacher = self.forward_teacher(images, texts_VBL)
         yield "teacher"
-        with self.autocast():
-            student = self.student(images, texts_VBL)
+        student = self.forward_student(images, texts_VBL)
         yield "student"
-        with self.autocast():
-            self.losses = cosmos_loss(student, teacher, texts_VBL.shape[1])
+        self.losses = self.compute_losses(student, teacher, texts_VBL.shape[1])
         yield "loss"
         self.losses.total.backward()
         yield "backward"

@@ -13,13 +13,14 @@ import cosmos_fast
 from cosmos_fast.utils.errors import UserError
 
 ROOT = Path(cosmos_fast.__file__).parents[1]
+REPORT = "report"  # reads what the benchmarks wrote
 
 
 class BenchGroup(click.Group):
-    """One sub-command a file `bench_*.py`; a file is imported when its benchmark is run."""
+    """One sub-command a file `bench_*.py`, and `report`; a file is imported when its command is run."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [path.stem.removeprefix("bench_") for path in sorted(benchmark_folder().glob("bench_*.py"))]
+        return [path.stem.removeprefix("bench_") for path in sorted(benchmark_folder().glob("bench_*.py"))] + [REPORT]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -27,8 +28,9 @@ class BenchGroup(click.Group):
         root = str(benchmark_folder().parent)
         if root not in sys.path:
             sys.path.insert(0, root)
-        found = import_module(f"benchmarks.bench_{cmd_name}").command
-        assert isinstance(found, click.Command), f"benchmarks.bench_{cmd_name}.command is not a click command"
+        module = f"benchmarks.{self._stem(cmd_name)}"
+        found = import_module(module).command
+        assert isinstance(found, click.Command), f"{module}.command is not a click command"
         return found
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -36,9 +38,13 @@ class BenchGroup(click.Group):
             formatter.write_dl([(name, self._summary(name)) for name in self.list_commands(ctx)])
 
     @staticmethod
-    def _summary(name: str) -> str:
+    def _stem(name: str) -> str:
+        """The file of a command."""
+        return name if name == REPORT else f"bench_{name}"
+
+    def _summary(self, name: str) -> str:
         """First line of the benchmark's docstring, read without importing torch."""
-        source = (benchmark_folder() / f"bench_{name}.py").read_text(encoding="utf-8")
+        source = (benchmark_folder() / f"{self._stem(name)}.py").read_text(encoding="utf-8")
         return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
 
 

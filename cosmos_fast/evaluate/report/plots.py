@@ -67,8 +67,9 @@ def _draw(axes: Axes, theme: Theme, curves: Sequence[Curve], x_label: str, y_lab
         axes.legend(frameon=False, fontsize=8, labelcolor=theme.ink, loc="best")
 
 
-def _render(theme: Theme, paint: Callable[[Axes, Theme], None]) -> bytes:
-    style: dict[Any, Any] = {
+def style(theme: Theme) -> dict[Any, Any]:
+    """Matplotlib's settings for a theme."""
+    return {
         "font.size": 9,
         "text.color": theme.ink,
         "axes.labelcolor": theme.muted,
@@ -84,7 +85,10 @@ def _render(theme: Theme, paint: Callable[[Axes, Theme], None]) -> bytes:
         "ytick.color": theme.muted,
         "figure.facecolor": theme.card,
     }
-    with matplotlib.rc_context(style):
+
+
+def _render(theme: Theme, paint: Callable[[Axes, Theme], None]) -> bytes:
+    with matplotlib.rc_context(style(theme)):
         figure = Figure(figsize=(WIDTH_IN, HEIGHT_IN), dpi=DPI)
         # Fixed margins: a layout engine would draw everything once more to measure it.
         figure.subplots_adjust(left=0.13, right=0.975, top=0.96, bottom=0.16)

@@ -1,0 +1,90 @@
+"""The figures that are asked for, so that a report can say which of them nobody has measured yet.
+
+Whether one is met is decided by the rows themselves, which carry the bar they were measured against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from benchmarks.rows import Row
+
+MET, MISSED, OPEN = "met", "missed", "not measured"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """device: "cpu" or "gpu". name, metric, baseline: patterns of rows. limit: the largest ratio, for showing."""
+
+    what: str
+    device: str
+    name: str
+    metric: str
+    limit: float
+    baseline: str = "*"
+
+    def rows(self, rows: Iterable[Row]) -> list[Row]:
+        """Those that this bar is about, and that were measured where it holds."""
+        return [
+            row
+            for row in rows
+            if row.meets_bar is not None
+            and kind_of(row.device) == self.device
+            and fnmatchcase(row.name, self.name)
+            and fnmatchcase(row.metric, self.metric)
+            and fnmatchcase(row.baseline or "", self.baseline)
+        ]
+
+    def verdict(self, rows: Iterable[Row]) -> str:
+        """MET where all of its rows are."""
+        found = self.rows(rows)
+        return OPEN if not found else MET if all(row.meets_bar for row in found) else MISSED
+
+
+def kind_of(device: str) -> str:
+    """ "cpu" or "gpu", by the device's name in a row."""
+    return "cpu" if device.endswith("threads") else "gpu"
+
+
+REPEATED, SHARED = "keys and values repeated*", "keys and values once*"
+BARS = (
+    Bar("whole step, small model, 16 samples", "cpu", "step_mini", "step_ms", 0.65, "eager port"),
+    Bar("whole step, small model, 16 samples against 512", "cpu", "step_mini_n512", "step_ms", 0.65, "eager port"),
+    Bar("whole step of the demo", "cpu", "step_demo", "step_ms", 0.5, "eager port"),
+    Bar("peak memory of the small model's step", "cpu", "step_mini", "peak_mib", 0.7, "eager port"),
+    Bar("text tower on packed captions", "cpu", "packed_text", "forward_backward_ms", 0.6),
+    Bar("80 pairwise losses, 512 samples", "cpu", "infonce*", "*ms/*512", 0.9, "eager*"),
+    Bar("80 pairwise losses, 1024 samples", "cpu", "infonce*", "*ms/*1024", 0.9, "eager*"),
+    Bar("their peak memory, 512 samples", "cpu", "infonce", "peak_mib/512", 0.3, "eager port"),
+    Bar("their peak memory, 1024 samples", "cpu", "infonce", "peak_mib/1024", 0.2, "eager port"),
+    Bar("what they keep for the backward pass", "cpu", "infonce", "saved_mib/*", 0.03, "eager port"),
+    Bar("cross-attention pooling", "cpu", "pool", "forward_backward_ms/*", 0.08, REPEATED),
+    Bar("cross-attention pooling, shared keys", "cpu", "pool", "forward_backward_ms/*", 0.6, SHARED),
+    Bar("what pooling keeps for the backward pass", "cpu", "pool", "saved_mib/*", 0.1, REPEATED),
+    Bar("AdamW, average, clipping", "cpu", "optimizer", "step time*", 0.2, "*loop*"),
+    Bar("AdamW, average, clipping, fused baseline", "cpu", "optimizer", "step time*", 0.85, "*fused*"),
+    Bar("whole step, ViT-B/16, 256 samples", "gpu", "step_vit_b_16", "step_ms", 1 / 1.6, "eager port"),
+    Bar("whole step against the port compiled", "gpu", "step_vit_b_16", "step_ms/compiled", 1 / 1.2),
+    Bar("at least 900 samples a second", "gpu", "step_vit_b_16", "samples_per_s", 1.0),
+    Bar("at least 41 % MFU, pruned FLOPs", "gpu", "step_vit_b_16", "mfu_pct", 1.0),
+    Bar("peak memory of the whole step", "gpu", "step_vit_b_16", "peak_mib", 0.6, "eager port"),
+    Bar("whole step, 32 samples against 4096", "gpu", "step_vit_b_16_n4096", "step_ms", 1 / 2.5, "eager port"),
+    Bar("80 pairwise losses, 1024 samples", "gpu", "infonce", "forward_backward_ms/1024", 1 / 10, "eager port"),
+    Bar("80 pairwise losses, 4096 samples", "gpu", "infonce", "forward_backward_ms/4096", 1 / 3, "eager port"),
+    Bar("80 pairwise losses, 8192 samples", "gpu", "infonce", "forward_backward_ms/8192", 1 / 3, "eager port"),
+    Bar("80 pairwise losses, compiled", "gpu", "infonce", "forward_backward_ms/*", 1 / 1.5, "pairs compiled"),
+    Bar("one rank's part of a large batch, limit", "gpu", "infonce", "rank_ms/*", 1 / 0.55),
+    Bar("losses beyond inputs and gradients", "gpu", "infonce", "peak_mib_beyond*/8192", 0.01),
+    Bar("pooling, forward", "gpu", "pool", "forward_us/*", 1.0, "* us"),
+    Bar("pooling, backward", "gpu", "pool", "backward_us/*", 1.0, "* us"),
+    Bar("pooling, forward, against repeated keys", "gpu", "pool", "forward_us/*", 1 / 15, REPEATED),
+    Bar("pooling, forward, shared keys compiled", "gpu", "pool", "forward_us/*", 1 / 1.5, SHARED),
+    Bar("attention, padded with a mask", "gpu", "attention", "*", 1 / 1.3, "*mask*"),
+    Bar("attention, libraries of packed sequences", "gpu", "attention", "*", 1.0, "*var*"),
+    Bar("LayerNorm with residual", "gpu", "layer_norm", "*", 1.0),
+    Bar("AdamW, average, norm, copies", "gpu", "optimizer", "step time*", 1 / 3, "*loop*"),
+    Bar("AdamW, average, norm, copies, fused baseline", "gpu", "optimizer", "step time*", 1 / 1.15, "*fused*"),
+    Bar("cross-entropy of dense logits", "gpu", "distill", "*", 1 / 3, "oracle"),
+)
