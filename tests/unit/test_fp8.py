@@ -122,3 +122,26 @@ def test_emulated_torchao_is_near_and_leaves_names_alone() -> None:
     for name in filter(lambda name: name.startswith("visual.transformer"), expected):
         near = F.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
         assert near > 0.98, (name, near)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("package", fp8.PACKAGES)
+def test_on_a_gpu(package: str) -> None:
+    reason = fp8.why_no_fp8(CUDA) or fp8.why_unusable(fp8.PACKAGES[package])
+    if reason is not None:
+        pytest.skip(reason)
+    plain = make().to(CUDA)
+    model = copy.deepcopy(plain)
+    use_fp8_linear(blocks_of(model), package, CUDA)
+    images, texts = batch(0)
+    gradients = []
+    for one in (plain, model):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            features = one([image.to(CUDA) for image in images], texts.to(CUDA))
+        (features.image**3 * torch.arange(16, device=CUDA)).sum().backward()
+        gradients.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+    expected, found = gradients
+    assert found.keys() == expected.keys()
+    for name in filter(lambda name: name.startswith("visual.transformer"), expected):
+        near = F.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
+        assert near > 0.97, (name, near)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from cosmos_fast.config import OptimizerConfig
 from cosmos_fast.engine.optimizer import AdamWEma
 from cosmos_fast.engine.other_optimizers import ApexAdamWEma, TorchAdamWEma
 from cosmos_fast.engine.run_folder import plan_run
+from cosmos_fast.utils import capabilities
 from cosmos_fast.utils.errors import UserError
 from tests.fake_apex import nvidia_apex
 from tests.tiny_run import flat, losses_of, make_trainer, tiny_config
-from tests.unit.test_optimizer import fill_gradients, make, weights
+from tests.unit.test_optimizer import Toy, fill_gradients, make, weights
 
 __all__ = ["nvidia_apex"]
 OTHERS = {"torch": TorchAdamWEma, "apex": ApexAdamWEma}
@@ -96,8 +99,6 @@ def test_apex_is_refused_in_one_line_where_it_cannot_be(tmp_path: Path, monkeypa
 
 
 def test_the_apex_of_the_package_index_is_named(tmp_path: Path, monkeypatch) -> None:
-    from cosmos_fast.utils import capabilities
-
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -108,3 +109,25 @@ def test_the_apex_of_the_package_index_is_named(tmp_path: Path, monkeypatch) -> 
     finally:
         capabilities.why_unusable.cache_clear()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", OTHERS)
+def test_on_a_gpu(name: str) -> None:
+    if name == "apex" and (reason := capabilities.why_unusable("apex")) is not None:
+        pytest.skip(reason)
+    config = OptimizerConfig(weight_decay=0.3, clip_norm=0.5)
+    sides = []
+    for make_optimizer in (AdamWEma, OTHERS[name]):
+        torch.manual_seed(0)
+        student = Toy().cuda()
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        optimizer = make_optimizer(config, student, teacher)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in student.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).cuda()
+            assert optimizer.step(lr=0.01, ema_decay=0.8, loss=torch.ones((), device="cuda")).applied
+        sides.append((*weights(student).values(), *weights(teacher).values(), *optimizer.state_dict().values()))
+    for expected, found in zip(*sides, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
