@@ -2,9 +2,9 @@
 
 On a CPU every size runs in a process of its own, because memory that is freed stays with the allocator and would hide
 the peak of the next; the whole process counts, interpreter and libraries included. It is ended as soon as it passes the
-limit. These processes are forks of one that has imported everything and run nothing. On CUDA the allocator counts
-exactly, and is told to refuse what passes the limit: sizes run in place. (The part for CUDA has not yet run on
-hardware.)
+limit. It is a fork of this process, which should have imported everything and computed nothing: where fork is unsafe it
+starts anew. On CUDA the allocator counts exactly, and is told to refuse what passes the limit: sizes run in place. (The
+part for CUDA has not yet run on hardware.)
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import gc
 import multiprocessing
 import re
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from dataclasses import replace
+from importlib import import_module
 from itertools import islice
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -77,12 +76,18 @@ def _on_cuda(config: TrainConfig, device: torch.device, limit_bytes: int) -> int
 
 
 def _in_a_process(config: TrainConfig, limit_bytes: int) -> int | None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "torch._dynamo"])  # which torch imports when a custom operator first runs
+    import_module("torch._dynamo")  # as torch does when a custom operator first runs: once here, not in every fork
+    linux = sys.platform == "linux"
+    context = multiprocessing.get_context("fork") if linux else multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(sender, config), daemon=True)
-    with _deaf_children():
+    # Ctrl-C reaches the whole process group. Here it ends the search, which ends the child; the child itself, which
+    # inherits the mask, is not to answer with a traceback of its own.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         child.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sender.close()
     try:
         return _watch(child, receiver, limit_bytes)
@@ -90,20 +95,6 @@ def _in_a_process(config: TrainConfig, limit_bytes: int) -> int | None:
         child.kill()
         child.join()
         receiver.close()
-
-
-@contextmanager
-def _deaf_children() -> Iterator[None]:
-    """Processes that start here do not answer Ctrl-C with a traceback of their own.
-
-    It reaches the whole process group: in this process it ends the search, which ends them. They inherit the mask.
-    """
-    resource_tracker.ensure_running()  # it lifts the mask when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int) -> int | None:
