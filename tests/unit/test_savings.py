@@ -7,10 +7,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos_fast.config import ComputeConfig, ModelConfig, TextConfig, VisionConfig
 from cosmos_fast.model import CosmosModel, create_model
 from cosmos_fast.model.compute import apply_compute
+from cosmos_fast.model.packing import PackedLayout, SequenceGroup
+from cosmos_fast.model.savings import Savings
+from cosmos_fast.model.transformer import ResidualBlock
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -85,3 +89,16 @@ def test_nothing_is_recomputed_without_a_graph(monkeypatch) -> None:
     with torch.no_grad():
         features = changed.encode_views(images, texts)
     assert torch.equal(features.image, make().encode_views(images, texts).image)
+
+
+@pytest.mark.parametrize(("recompute", "products"), [("none", 24), ("mlp", 28), ("blocks", 32)])
+def test_the_last_product_of_what_is_made_anew_is_left_out(recompute: str, products: int) -> None:
+    """In products of [16, width] by [width, width], 12 a block forward: the MLP's second one is never repeated."""
+    width, block = 32, ResidualBlock(32, 4)
+    block.savings = Savings(recompute)
+    layout = PackedLayout.build([SequenceGroup(2, 8, (7, 7), keep_all=True)], causal=True)
+    out_TD = block(torch.randn(16, width, requires_grad=True), layout)
+    with FlopCounterMode(display=False) as counter:
+        out_TD.sum().backward()
+    linear = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "mm" in str(op))
+    assert linear / (2 * 16 * width**2) == products
