@@ -12,6 +12,8 @@ Neither has been run on hardware here; torchao's arithmetic has been tested with
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -58,7 +60,12 @@ def use_fp8_linear(blocks: list[ResidualBlock], backend: str, device: torch.devi
         width = block.attn.out_proj.in_features
         if width % ROWS:
             raise UserError(f"compute.linear=fp8 needs widths that are multiples of {ROWS}, one is {width}")
-    make = _torchao_products(emulate) if chosen == "torchao" else _transformer_engine_products()
+    try:
+        make = _torchao_products(emulate) if chosen == "torchao" else _transformer_engine_products()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"compute.linear=fp8: this {PACKAGES[chosen]} cannot be used ({error}); set compute.linear=plain"
+        ) from None
     for block in blocks:
         block.attn.in_proj_product = (_Padded(make(block.attn.in_proj_weight, block.attn.in_proj_bias)),)
         for parent, name in ((block.attn, "out_proj"), (block.mlp, "c_fc"), (block.mlp, "c_proj")):
@@ -119,20 +126,24 @@ def _torchao_products(emulate: bool) -> Callable[[Tensor, Tensor], Product]:
 def _transformer_engine_products() -> Callable[[Tensor, Tensor], Product]:
     engine = import_module("transformer_engine.pytorch")
     recipe = import_module("transformer_engine.common.recipe").Float8CurrentScaling()
+    if hasattr(engine, "autocast"):  # the name it has in later versions
+        scope = partial(engine.autocast, enabled=True, recipe=recipe)
+    else:
+        scope = partial(engine.fp8_autocast, enabled=True, fp8_recipe=recipe)
 
     def make(weight: Tensor, bias: Tensor) -> Product:
         linear = engine.Linear(weight.shape[1], weight.shape[0], params_dtype=weight.dtype, device="meta")
-        return _WithRecipe(engine.fp8_autocast, recipe, _shared(linear, weight, bias))
+        return _Scoped(scope, _shared(linear, weight, bias))
 
     return make
 
 
-class _WithRecipe:
+class _Scoped:
     """TransformerEngine's layers are 8-bit inside its own autocast only."""
 
-    def __init__(self, autocast: Callable[..., Any], recipe: Any, linear: nn.Module) -> None:
-        self._autocast, self._recipe, self._linear = autocast, recipe, linear
+    def __init__(self, scope: Callable[[], AbstractContextManager[Any]], linear: nn.Module) -> None:
+        self._scope, self._linear = scope, linear
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        with self._autocast(enabled=True, fp8_recipe=self._recipe):
+        with self._scope():
             return self._linear(x_TD)

@@ -26,9 +26,10 @@ def blocks_of(model: CosmosModel) -> list:
     return [*model.transformer.blocks, *model.visual.transformer.blocks]
 
 
-@pytest.fixture
-def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """A package like NVIDIA's as far as this program uses it. Lists (rows, inside its autocast) of every product."""
+@pytest.fixture(params=["autocast", "fp8_autocast"])
+def transformer_engine(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[tuple[int, bool]]:
+    """A package like NVIDIA's as far as this program uses it, later and earlier versions. Lists (rows, inside its
+    autocast) of every product."""
     products: list[tuple[int, bool]] = []
     inside = [False]
 
@@ -47,15 +48,16 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]
             return F.linear(x, self.weight, self.bias)
 
     @contextmanager
-    def fp8_autocast(enabled: bool, fp8_recipe: object):
-        assert (enabled, fp8_recipe) == (True, "current scaling")
+    def autocast(enabled: bool, **recipe: object):
+        assert enabled
+        assert recipe == {"recipe" if request.param == "autocast" else "fp8_recipe": "current scaling"}
         inside[0] = True
         yield
         inside[0] = False
 
     for name, content in (
         ("transformer_engine", {}),
-        ("transformer_engine.pytorch", {"Linear": Linear, "fp8_autocast": fp8_autocast}),
+        ("transformer_engine.pytorch", {"Linear": Linear, request.param: autocast}),
         ("transformer_engine.common", {}),
         ("transformer_engine.common.recipe", {"Float8CurrentScaling": lambda: "current scaling"}),
     ):
@@ -100,6 +102,12 @@ def test_transformer_engine_gets_padded_rows_and_the_model_keeps_its_parameters(
         # 2 towers of 3 blocks, 4 products each, but for the last blocks' first
         assert len(transformer_engine) == 2 * (3 * 4 - 1)
         assert all(inside and rows % 16 == 0 for rows, inside in transformer_engine)
+
+
+def test_a_package_that_lacks_what_is_needed_is_one_line(transformer_engine: list) -> None:
+    del sys.modules["transformer_engine.common.recipe"].Float8CurrentScaling
+    with pytest.raises(UserError, match=r"this transformer_engine cannot be used \(.*Float8CurrentScaling"):
+        use_fp8_linear(blocks_of(make()), "te", CUDA)
 
 
 def test_width_that_8_bit_products_do_not_take(transformer_engine: list, tmp_path) -> None:
