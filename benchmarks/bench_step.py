@@ -26,7 +26,6 @@ from benchmarks.shapes import StepShape, mini_step
 from benchmarks.step_setting import (
     Setting,
     Trainer,
-    changed_keys,
     make_port,
     make_product,
     named_shape,
@@ -213,7 +212,7 @@ def make_setting(shape_name: str, shape: StepShape, compute: ComputeConfig, devi
         precision = "bf16" if device == "cuda" else "fp32"
     parts = ["step", shape_name.replace("-", "_").lower()]
     parts += [f"n{shape.global_batch}"] if shape.global_batch else []
-    parts += [key if value is True else f"{key}_{value}" for key, value in changed_keys(compute).items()]
+    parts += [key if value is True else f"{key}_{value}" for key, value in compute.changed().items()]
     return Setting("_".join(parts), shape, device, precision, compute)
 
 

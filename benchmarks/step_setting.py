@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Setting:
         baseline: str = "eager port",
     ) -> Row:
         """A figure. ratio: over the baseline's, less is better."""
-        changed = changed_keys(self.compute)
+        changed = self.compute.changed()
         shapes = {**self.shape.describe(), "precision": self.precision, **({"compute": changed} if changed else {})}
         return Row(
             name=self.name,
@@ -98,12 +98,6 @@ class Setting:
         if least is None:
             return self.row(metric, value, unit)
         return self.row(metric, value, unit, ratio=least / value, bar=1.0, baseline=f"{least:g} {unit}")
-
-
-def changed_keys(compute: ComputeConfig) -> dict[str, object]:
-    """What is not as it would be by itself."""
-    default = ComputeConfig()
-    return {key: value for key, value in asdict(compute).items() if value != getattr(default, key)}
 
 
 def make_port(setting: Setting, compiled: bool = False) -> EagerTrainer:

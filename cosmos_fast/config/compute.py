@@ -47,7 +47,11 @@ class ComputeConfig:
             f"compute.fp8_backend is {self.fp8_backend!r}, but compute.linear is 'plain': set compute.linear=fp8",
         )
 
+    def changed(self) -> dict[str, str | bool]:
+        """What differs from the defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in values.items() if value != default}
+
     def changes(self) -> str:
-        """What differs from the defaults, as `--set` takes it below `compute`; empty for nothing."""
-        values = ((field, getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{field.name}={value}" for field, value in values if value != field.default)
+        """The same in words; empty for nothing."""
+        return ", ".join(f"{name}={value}" for name, value in self.changed().items())
