@@ -115,7 +115,7 @@ class AdamWEma:
             return StepResult(grad_norm=norm_value, applied=False, loss_finite=loss_finite)
         for name in names:
             self._steps[name] += 1
-        idle = [name for name in self._student if name not in set(names)]
+        idle = [name for name, p in self._student.items() if p.grad is None]
         self._average(idle, ema_decay)
         self._clamp_scales(idle)
         return StepResult(grad_norm=norm_value, applied=True)

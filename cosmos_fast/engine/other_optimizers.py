@@ -8,6 +8,7 @@ apex has not yet been run on hardware here.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -24,7 +25,7 @@ class _SteppedApart(AdamWEma):
 
     def _update(self, names: list[str], norm: Tensor, *, lr: float, ema_decay: float, grad_scale: float) -> None:
         norm_value = float(norm)
-        if not names or norm_value - norm_value != 0.0:  # NaN or Inf
+        if not (names and math.isfinite(norm_value)):
             return
         self._average(names, ema_decay)
         factor = grad_scale
