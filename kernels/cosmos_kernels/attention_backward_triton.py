@@ -7,7 +7,8 @@ With the notation of `attention_triton`, P = exp(S - lse) and dO the gradient of
 
 One program a head and a sequence, or a tile of short ones, in one launch: its queries stay where they are, and its keys
 pass by in blocks. A block sees every query of its sequences, so its dk and dv are complete at once; dq is summed in
-registers over the blocks. No atomics: the same bits every time.
+registers over the blocks. No atomics: the same bits every time. More than 128 queries with wide heads are cut into
+blocks, and dk and dv summed over them afterwards.
 
 Shapes and bytes: as in the forward pass; q, k, v, out, dO read once, dq, dk, dv written once.
 
@@ -20,8 +21,11 @@ Axes: N sequences, T packed queries, S packed keys, H heads, d channels of a hea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +35,7 @@ from cosmos_kernels.attention_parts import (
     MAX_HEAD_DIM,
     MAX_TOKENS,
     Run,
+    architecture,
     empty_like_views,
     readable,
     sharing,
@@ -38,6 +43,8 @@ from cosmos_kernels.attention_parts import (
 )
 from cosmos_kernels.pool_parts import block_size
 from cosmos_kernels.triton_support import AheadCase
+
+WIDE_HEAD, MAX_WIDE_QUERIES = 64, 128  # heads with more channels than this keep at most so many queries in a program
 
 
 @triton.jit
@@ -88,19 +95,22 @@ def _backward_kernel(
     stride_grad_h,
     stride_dq_t,
     stride_dk_s,  # and of dv
+    stride_share,  # from the dk and dv of one block of queries to those of the next
     DIM: tl.constexpr,
     SHARING: tl.constexpr,  # sequences of a program
+    SPLITS: tl.constexpr,  # blocks that the queries of a sequence are cut into
     CAUSAL: tl.constexpr,
-    BLOCK_Q: tl.constexpr,  # all queries of a program
+    BLOCK_Q: tl.constexpr,  # queries of a program
     BLOCK_K: tl.constexpr,  # keys of a step
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % H
-    first = begin + program // H * SHARING
+    split = program // H % SPLITS
+    first = begin + program // H // SPLITS * SHARING
     last = tl.minimum(first + SHARING, end)
-    q_begin = tl.load(cu_queries_ptr + first)
+    q_begin = tl.load(cu_queries_ptr + first) + split * BLOCK_Q
     q_end = tl.load(cu_queries_ptr + last)
     k_begin = tl.load(cu_keys_ptr + first)
     k_end = tl.load(cu_keys_ptr + last)
@@ -117,8 +127,9 @@ def _backward_kernel(
     grad_base = grad_ptr + q_begin.to(tl.int64) * stride_grad_t + head * stride_grad_h
     out_base = out_ptr + (q_begin.to(tl.int64) * H + head) * DIM
     dq_base = dq_ptr + q_begin.to(tl.int64) * stride_dq_t + head * DIM
-    dk_base = dk_ptr + k_begin.to(tl.int64) * stride_dk_s + head * DIM
-    dv_base = dv_ptr + k_begin.to(tl.int64) * stride_dk_s + head * DIM
+    dk_rows = split.to(tl.int64) * stride_share + k_begin.to(tl.int64) * stride_dk_s + head * DIM
+    dk_base = dk_ptr + dk_rows
+    dv_base = dv_ptr + dk_rows
     q = tl.load(q_base + offs_q[:, None] * stride_q_t + offs_d[None, :], mask=mask_q, other=0.0)
     grad = tl.load(grad_base + offs_q[:, None] * stride_grad_t + offs_d[None, :], mask=mask_q, other=0.0)
     out = tl.load(out_base + offs_q[:, None] * (H * DIM) + offs_d[None, :], mask=mask_q, other=0.0)
@@ -143,7 +154,7 @@ def _backward_kernel(
             v = v.to(tl.float32)
         seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        weights = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
+        weights = tl.exp2(tl.where(seen, scores - lse[:, None], -float("inf")))
         dv = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
         tl.store(dv_base + k_offs * stride_dk_s + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_k)
         dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -184,31 +195,50 @@ def backward(
     q_THd, k_SHd, v_SHd, grad_THd = (readable(x.detach()) for x in (q_THd, k_SHd, v_SHd, grad_THd))
     out_THd = out_THd.detach().contiguous()
     tokens, heads, dim = q_THd.shape
+    runs = [Run(0, len(cu_queries) - 1, max_queries, max_keys)] if runs is None else runs
+    arch = architecture(q_THd.device)
+    splits = splits_for(max((run.max_queries for run in runs), default=1), dim)
     grad_q, grad_k, grad_v = empty_like_views((q_THd, k_SHd, v_SHd))
+    made: tuple[Tensor, ...] = (grad_q, grad_k, grad_v)
+    if splits > 1:
+        shares = torch.empty(splits, len(k_SHd), 2, heads, dim, dtype=torch.float32, device=q_THd.device)
+        made = grad_q, *shares.unbind(2)
     strides = [stride for x in (q_THd, k_SHd, v_SHd, grad_THd) for stride in x.stride()[:2]]
-    strides += [grad_q.stride(0), grad_k.stride(0)]
+    strides += [grad_q.stride(0), made[1].stride(-3), made[1].stride(0) if splits > 1 else 0]
     with triton_support.launch_device(q_THd):
-        for run in [Run(0, len(cu_queries) - 1, max_queries, max_keys)] if runs is None else runs:
+        for run in runs:
             assert not (reason := why_too_long(run.max_queries, run.max_keys)), reason
-            options = backward_options(run.max_queries, run.max_keys, dim, sequences_per_program)
-            _backward_kernel[(triton.cdiv(run.count, options["SHARING"]) * heads,)](
-                *(q_THd, k_SHd, v_SHd, out_THd, grad_THd, lse_HT, grad_q, grad_k, grad_v),
+            options = backward_options(run.max_queries, run.max_keys, dim, sequences_per_program, splits, arch)
+            _backward_kernel[(triton.cdiv(run.count, options["SHARING"]) * splits * heads,)](
+                *(q_THd, k_SHd, v_SHd, out_THd, grad_THd, lse_HT, *made),
                 *(cu_queries, cu_keys, run.first, run.first + run.count, tokens, heads, dim**-0.5, *strides),
                 DIM=dim,
                 CAUSAL=causal,
                 UPCAST=triton_support.upcast(q_THd.dtype),
                 **options,
             )
+    if splits > 1:
+        grad_k, grad_v = shares.sum(0).unbind(1)
     return grad_q.to(q_THd.dtype), grad_k.to(q_THd.dtype), grad_v.to(q_THd.dtype)
 
 
-def backward_options(max_queries: int, max_keys: int, dim: int, share: int | None = None) -> dict[str, int]:
+def splits_for(max_queries: int, dim: int) -> int:
+    """Programs that the queries of a sequence are spread over: one, unless dq of a wide head would not fit one's
+    registers. Then each has a share of dk and dv, which are added up afterwards."""
+    return triton.cdiv(max_queries, MAX_WIDE_QUERIES) if dim > WIDE_HEAD else 1
+
+
+def backward_options(
+    max_queries: int, max_keys: int, dim: int, share: int | None = None, splits: int = 1, arch: int = 90
+) -> dict[str, int]:
     """Block sizes and warps for sequences of at most these lengths."""
     share = share or sharing(max_queries, max_keys)
-    query_block = block_size(share * max_queries, MAX_TOKENS)
-    key_block = block_size(share * max_keys, 32 if query_block > 128 else 64)  # 64 spill beside 256 queries
+    query_block = block_size(share * max_queries, MAX_WIDE_QUERIES if splits > 1 else MAX_TOKENS)
+    # 64 keys spill beside 256 queries; before Hopper, where both operands of a product lie in registers, always.
+    key_block = block_size(share * max_keys, 32 if query_block > 128 or arch < 90 else 64)
     return {
         "SHARING": share,
+        "SPLITS": splits,
         "BLOCK_Q": query_block,
         "BLOCK_K": key_block,
         "BLOCK_D": block_size(dim, MAX_HEAD_DIM),
@@ -217,17 +247,32 @@ def backward_options(max_queries: int, max_keys: int, dim: int, share: int | Non
     }
 
 
-def _ahead(queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
+def case_name(queries: int, keys: int, dim: int, causal: bool, options: dict[str, int]) -> str:
+    """What is compiled ahead: lengths, head width, mask, sequences of a program, tile."""
+    mask = "causal" if causal else "full"
+    return f"{queries}x{keys}/d{dim}/{mask}/share{options['SHARING']}/{options['BLOCK_Q']}x{options['BLOCK_K']}"
+
+
+def merged(cases: Iterable[AheadCase]) -> list[AheadCase]:
+    """Cases of single architectures; those of one name are alike, and become one."""
+    found: dict[str, AheadCase] = {}
+    for case in cases:
+        known = found.get(case.name)
+        found[case.name] = case if known is None else replace(case, archs=known.archs + case.archs)
+    return list(found.values())
+
+
+def _ahead(arch: int, queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
     """bf16 heads of a [T, 3 H d] matrix."""
-    options = backward_options(queries, keys, dim, share)
-    strides = tuple(
-        f"stride_{name}" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h", "grad_t", "grad_h", "dq_t", "dk_s")
-    )
+    options = backward_options(queries, keys, dim, share, splits_for(queries, dim), arch)
+    ends = ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h", "grad_t", "grad_h", "dq_t", "dk_s", "share")
+    strides = tuple(f"stride_{end}" for end in ends)
     return AheadCase(
-        name=f"backward_kernel/{queries}x{keys}/d{dim}/{'causal' if causal else 'full'}/share{options['SHARING']}",
+        name=f"backward_kernel/{case_name(queries, keys, dim, causal, options)}",
         kernel=_backward_kernel,
         signature={
-            **{f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")},
+            **{f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out", "grad", "dq")},
+            **dict.fromkeys(("dk_ptr", "dv_ptr"), "*fp32" if options["SPLITS"] > 1 else "*bf16"),
             **{"lse_ptr": "*fp32", "cu_queries_ptr": "*i32", "cu_keys_ptr": "*i32", "scale": "fp32"},
             **dict.fromkeys(("begin", "end", "T", "H", *strides), "i32"),
         },
@@ -235,15 +280,18 @@ def _ahead(queries: int, keys: int, dim: int, causal: bool, share: int | None = 
         num_stages=options.pop("num_stages"),
         constexprs={"DIM": dim, "CAUSAL": causal, "UPCAST": False, **options},
         divisible_by_16=strides,
+        archs=(arch,),
     )
 
 
-COMPILE_AHEAD = [
-    _ahead(197, 197, 64, causal=False),
-    _ahead(197, 197, 128, causal=False),
-    _ahead(37, 37, 64, causal=False),
-    _ahead(37, 37, 64, causal=False, share=1),
-    _ahead(77, 77, 64, causal=True),
-    _ahead(1, 197, 64, causal=False),
-    _ahead(1, 39, 64, causal=True),
-]
+# Queries, keys, channels of a head, causal, sequences of a program: crops, captions, and single queries of both.
+AHEAD_SIZES: tuple[tuple[Any, ...], ...] = (
+    (197, 197, 64, False),
+    (197, 197, 128, False),
+    (37, 37, 64, False),
+    (37, 37, 64, False, 1),
+    (77, 77, 64, True),
+    (1, 197, 64, False),
+    (1, 39, 64, True),
+)
+COMPILE_AHEAD = merged(_ahead(arch, *sizes) for sizes in AHEAD_SIZES for arch in triton_support.ARCHITECTURES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,12 @@ class Run:
     count: int
     max_queries: int
     max_keys: int
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten; tiles are chosen by it. In the interpreter that of Hopper."""
+    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
 
 
 def why_unsupported(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, *others: Tensor) -> str | None:

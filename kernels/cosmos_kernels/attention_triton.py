@@ -33,8 +33,16 @@ import triton.language as tl
 from torch import Tensor
 
 from cosmos_kernels import triton_support
-from cosmos_kernels.attention_backward_triton import backward, visible_keys
-from cosmos_kernels.attention_parts import MAX_HEAD_DIM, MAX_TOKENS, Run, readable, sharing, why_too_long
+from cosmos_kernels.attention_backward_triton import AHEAD_SIZES, backward, case_name, merged, visible_keys
+from cosmos_kernels.attention_parts import (
+    MAX_HEAD_DIM,
+    MAX_TOKENS,
+    Run,
+    architecture,
+    readable,
+    sharing,
+    why_too_long,
+)
 from cosmos_kernels.pool_parts import block_size, stored_dtype
 from cosmos_kernels.triton_support import AheadCase
 
@@ -148,10 +156,11 @@ def forward(
     out_THd = torch.empty(tokens, heads, dim, dtype=stored_dtype(q_THd), device=q_THd.device)
     lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THd.device)
     strides = [stride for x in (q_THd, k_SHd, v_SHd) for stride in x.stride()[:2]]
+    arch = architecture(q_THd.device)
     with triton_support.launch_device(q_THd):
         for run in [Run(0, len(cu_queries) - 1, max_queries, max_keys)] if runs is None else runs:
             assert not (reason := why_too_long(run.max_queries, run.max_keys)), reason
-            options = forward_options(run.max_queries, run.max_keys, dim, sequences_per_program)
+            options = forward_options(run.max_queries, run.max_keys, dim, sequences_per_program, arch)
             _forward_kernel[(triton.cdiv(run.count, options["SHARING"]) * heads,)](
                 *(q_THd, k_SHd, v_SHd, out_THd, lse_HT, cu_queries, cu_keys),
                 *(run.first, run.first + run.count, tokens, heads, dim**-0.5 * 1.4426950408889634, *strides),
@@ -163,11 +172,14 @@ def forward(
     return out_THd.to(q_THd.dtype), lse_HT
 
 
-def forward_options(max_queries: int, max_keys: int, dim: int, share: int | None = None) -> dict[str, int]:
+def forward_options(
+    max_queries: int, max_keys: int, dim: int, share: int | None = None, arch: int = 90
+) -> dict[str, int]:
     """Block sizes and warps for sequences of at most these lengths."""
     share = share or sharing(max_queries, max_keys)
     key_block = block_size(share * max_keys, MAX_TOKENS)
-    query_block = block_size(share * max_queries, 64)
+    # Before Hopper both operands of a product lie in registers: 64 queries beside 256 keys spill.
+    query_block = block_size(share * max_queries, 32 if arch < 90 and key_block > 128 else 64)
     return {
         "SHARING": share,
         "BLOCK_Q": query_block,
@@ -178,31 +190,24 @@ def forward_options(max_queries: int, max_keys: int, dim: int, share: int | None
     }
 
 
-def _ahead(queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
+def _ahead(arch: int, queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
     """bf16 heads of a [T, 3 H d] matrix."""
-    options = forward_options(queries, keys, dim, share)
+    options = forward_options(queries, keys, dim, share, arch)
+    strides = tuple(f"stride_{name}" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h"))
     return AheadCase(
-        name=f"forward_kernel/{queries}x{keys}/d{dim}/{'causal' if causal else 'full'}/share{options['SHARING']}",
+        name=f"forward_kernel/{case_name(queries, keys, dim, causal, options)}",
         kernel=_forward_kernel,
         signature={
             **{f"{name}_ptr": "*bf16" for name in ("q", "k", "v", "out")},
             **{"lse_ptr": "*fp32", "cu_queries_ptr": "*i32", "cu_keys_ptr": "*i32", "scale_log2": "fp32"},
-            **dict.fromkeys(("begin", "end", "T", "H"), "i32"),
-            **{f"stride_{name}": "i32" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h")},
+            **dict.fromkeys(("begin", "end", "T", "H", *strides), "i32"),
         },
         num_warps=options.pop("num_warps"),
         num_stages=options.pop("num_stages"),
         constexprs={"DIM": dim, "CAUSAL": causal, "UPCAST": False, **options},
-        divisible_by_16=tuple(f"stride_{name}" for name in ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h")),
+        divisible_by_16=strides,
+        archs=(arch,),
     )
 
 
-COMPILE_AHEAD = [
-    _ahead(197, 197, 64, causal=False),
-    _ahead(197, 197, 128, causal=False),
-    _ahead(37, 37, 64, causal=False),
-    _ahead(37, 37, 64, causal=False, share=1),
-    _ahead(77, 77, 64, causal=True),
-    _ahead(1, 197, 64, causal=False),
-    _ahead(1, 39, 64, causal=True),
-]
+COMPILE_AHEAD = merged(_ahead(arch, *sizes) for sizes in AHEAD_SIZES for arch in triton_support.ARCHITECTURES)

@@ -71,7 +71,9 @@ def _check(function: Any, oracle: Any, inputs: dict[str, Tensor]) -> Outcome:
     truth, true_lse = split(oracle_in(torch.float64))
     assert found.outputs["out"].dtype == next(iter(inputs.values())).dtype
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in found.gradients.items())
-    assert_no_worse(found, eager, truth)
+    # fp32 is interpreted only, to check the formulas: exponentials to base 2 cost it a rounding.
+    extra = 1e-6 if found.outputs["out"].dtype == torch.float32 else 0.0
+    assert_no_worse(found, eager, truth, extra_floor=extra)
     torch.testing.assert_close(lse.double().cpu(), true_lse.cpu(), rtol=1e-5, atol=1e-5)
     return found
 
@@ -110,6 +112,12 @@ def test_output_and_gradients(lengths, causal, dtype, device):
 @pytest.mark.parametrize("dim", [16, 24, 32, 48, 96, 128])
 def test_any_width_of_a_head(dim, device):
     _check_full((37, 37, 20), 3, dim, False, torch.float16, device)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_of_wide_heads_are_cut_into_blocks(causal, device):
+    """Gradients of keys and values come from two programs; of the short sequence the second has no query."""
+    _check_full((150, 20), 1, 96, causal, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
