@@ -90,10 +90,13 @@ class Gradients:
         """What the distillation term compares with; plain CLIP has no such term."""
         if isinstance(self.objective, ClipLoss):
             return None
-        with self.clock("teacher"), torch.no_grad(), self.precision.autocast():
+        with self.clock("teacher"):
             batch = batch.to(self.student.logit_scale.device)
             images, texts = batch.images[: self.views.global_crops], batch.texts[: self.views.global_captions]
-            return self.teacher.encode_views(images, texts)
+            with torch.inference_mode(), self.precision.autocast():
+                features = self.teacher.encode_views(images, texts)
+            # Copies: autograd refuses to keep tensors of inference mode for a backward pass, and the loss keeps these.
+            return TeacherFeatures(features.image.clone(), features.text.clone())
 
     def _loss(self, student: CosmosFeatures, teacher: TeacherFeatures | None) -> CosmosLossOutput:
         with self.clock("loss"), self.precision.autocast():
