@@ -142,6 +142,8 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None):
+        assert device == torch.device("cpu")
+        assert isinstance(device, torch.device)  # a name would do for torch, not for xformers
         q = SeqLenInfo.from_seqlens(q_seqlen, device)
         return cls(q, q if kv_seqlen in (None, q_seqlen) else SeqLenInfo.from_seqlens(kv_seqlen, device))
 

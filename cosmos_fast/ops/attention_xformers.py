@@ -57,7 +57,7 @@ def block_diagonal_mask(sequences: Sequences, causal: bool) -> Any:
         kind = attn_bias.BlockDiagonalCausalFromBottomRightMask
     both = lengths(sequences.query_groups), lengths(sequences.key_groups)
     takes_device = "device" in inspect.signature(kind.from_seqlens).parameters
-    mask = kind.from_seqlens(*both, **({"device": "cpu"} if takes_device else {}))
+    mask = kind.from_seqlens(*both, **({"device": torch.device("cpu")} if takes_device else {}))
     queries = replace(mask.q_seqinfo, seqstart=sequences.cu_queries)
     same = mask.k_seqinfo is mask.q_seqinfo
     keys = queries if same else replace(mask.k_seqinfo, seqstart=sequences.cu_keys)
