@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cosmos_fast.model.packing import PackedLayout
 from cosmos_fast.ops.attention import Sequences, packed_attention
+from cosmos_fast.ops.head_views import head_views
 
 
 class AttentionProjections(nn.Module):
@@ -82,7 +83,7 @@ class PackedSelfAttention(AttentionProjections):
 
     def _split_heads(self, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[T, parts * D] -> `parts` views [T, H, d]."""
-        return packed.unflatten(1, (parts, self.heads, -1)).unbind(1)
+        return head_views(packed, parts, self.heads)
 
 
 def _attend(q_KHd: Tensor, k_THd: Tensor, v_THd: Tensor, sequences: Sequences, layout: PackedLayout) -> Tensor:
