@@ -26,7 +26,7 @@ class ComputeConfig:
     compile: bool = False
     checkpoint_activations: Literal["none", "mlp", "blocks"] = "none"
     cuda_graphs: bool = False
-    layer_norm: Literal["torch", "apex"] = "torch"
+    layer_norm: Literal["torch", "apex", "triton"] = "torch"
     optimizer: Literal["fused", "torch", "apex"] = "fused"
     linear: Literal["plain", "fp8"] = "plain"
     fp8_backend: Literal["auto", "torchao", "te"] = "auto"
@@ -34,12 +34,12 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         require_choice("compute.attention", self.attention, ATTENTION)
         require_choice("compute.checkpoint_activations", self.checkpoint_activations, CHECKPOINTS)
-        require_choice("compute.layer_norm", self.layer_norm, ("torch", "apex"))
+        require_choice("compute.layer_norm", self.layer_norm, ("torch", "apex", "triton"))
         require_choice("compute.optimizer", self.optimizer, ("fused", "torch", "apex"))
         require_choice("compute.linear", self.linear, ("plain", "fp8"))
         require_choice("compute.fp8_backend", self.fp8_backend, ("auto", "torchao", "te"))
         require(
-            not (self.compile and self.layer_norm == "apex"),
+            not (self.compile and self.layer_norm != "torch"),
             "compute.compile=true makes layer norms of its own: set compute.layer_norm=torch, or compute.compile=false",
         )
         require(

@@ -15,6 +15,8 @@ from cosmos_fast.model.cross_pool import CrossAttentionPool
 from cosmos_fast.model.fp8 import use_fp8_linear
 from cosmos_fast.model.savings import Savings
 from cosmos_fast.model.vision_graphs import use_vision_graphs
+from cosmos_fast.ops.backends import choose
+from cosmos_fast.ops.layer_norm import OP as add_layer_norm_op
 from cosmos_fast.utils import nvidia_apex
 from cosmos_fast.utils.capabilities import why_unusable
 from cosmos_fast.utils.errors import UserError
@@ -33,10 +35,11 @@ def apply_compute(model: CosmosModel, compute: ComputeConfig, device: torch.devi
         raise UserError(f"compute.compile=true needs a compiler, but {reason}; set compute.compile=false")
     if compute.layer_norm == "apex":
         _use_fused_layer_norm(model, nvidia_apex.fused_layer_norm(device))
+    residual_norm = _residual_norm(device) if compute.layer_norm == "triton" else None
     savings = Savings(compute.checkpoint_activations, COMPILER if compute.compile else None)
     blocks = [*model.transformer.blocks, *model.visual.transformer.blocks]
     for block in blocks:
-        block.savings = savings
+        block.savings, block.residual_norm = savings, residual_norm
     if compute.linear == "fp8":
         use_fp8_linear(blocks, compute.fp8_backend, device)
     if compute.cuda_graphs:
@@ -53,6 +56,14 @@ def why_not_here(model: ModelConfig, compute: ComputeConfig, device: torch.devic
     except UserError as error:
         return str(error)
     return None
+
+
+def _residual_norm(device: torch.device) -> str:
+    """The backend that adds and normalises in one pass."""
+    try:
+        return choose(add_layer_norm_op, "triton", torch.empty(1, 1, device=device)).name
+    except ValueError as error:
+        raise UserError(f"{error}; set compute.layer_norm=torch") from None
 
 
 def _use_fused_layer_norm(model: nn.Module, make: Callable[..., nn.Module]) -> None:

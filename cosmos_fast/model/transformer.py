@@ -13,6 +13,7 @@ from cosmos_fast.model.attention import PackedSelfAttention
 from cosmos_fast.model.packing import PackedLayout
 from cosmos_fast.model.savings import Savings, recomputed
 from cosmos_fast.ops.attention import choose_attention
+from cosmos_fast.ops.layer_norm import add_layer_norm
 
 
 class Mlp(nn.Module):
@@ -31,6 +32,7 @@ class ResidualBlock(nn.Module):
     """x + attention(LN(x)), then x + MLP(LN(x)). `savings` says how its parts run."""
 
     savings = Savings()
+    residual_norm: str | None = None  # of `add_layer_norm`, for the addition and the norm before the MLP in one pass
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,7 +63,12 @@ class ResidualBlock(nn.Module):
 
     def finish(self, x_TD: Tensor, mixed_TD: Tensor) -> Tensor:
         """The rest of the block, from its input and what the attention gave."""
-        x_TD = x_TD + self.attn.out_proj(mixed_TD)
+        update_TD = self.attn.out_proj(mixed_TD)
+        if self.residual_norm is not None and self.savings.recompute != "mlp":
+            weight_D, bias_D, eps = self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
+            x_TD, normed_TD = add_layer_norm(x_TD, update_TD, weight_D, bias_D, eps, backend=self.residual_norm)
+            return x_TD + self.mlp(normed_TD)
+        x_TD = x_TD + update_TD
         return recomputed(self._feed_forward, x_TD) if self.savings.recompute == "mlp" else self._feed_forward(x_TD)
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from cosmos_fast.config import ComputeConfig
+from cosmos_fast.model import compute
 from cosmos_fast.model.compute import apply_compute
+from cosmos_fast.ops import backends
+from cosmos_fast.utils.errors import UserError
 from tests.fake_apex import nvidia_apex
 from tests.tiny_run import losses_of, make_trainer, tiny_config
 from tests.unit.test_savings import CPU, batch, make, run
@@ -26,6 +29,29 @@ def test_apex_layer_norm_takes_over_the_parameters(nvidia_apex: list[str]) -> No
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # 3 blocks of two norms in either tower; ln_pre, ln_post for features and patches; ln_final for features and tokens
     assert nvidia_apex.count("FusedLayerNorm") == 2 * 3 * 2 + 5
+
+
+def test_residual_norm_in_one_pass_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's stages in the place of the kernels."""
+    expected, _ = run(make(), batch(0))
+    model = make()
+    monkeypatch.setattr(compute, "choose", lambda op, name, probe: backends.resolve(op, "eager", probe).backend)
+    apply_compute(model, ComputeConfig(layer_norm="triton"), CPU)
+    blocks = [*model.transformer.blocks, *model.visual.transformer.blocks]
+    assert [block.residual_norm for block in blocks] == ["eager"] * 6
+    found, _ = run(model, batch(0))
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_residual_norm_that_cannot_run_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(op: str, *_: object) -> None:
+        raise ValueError(f"{op}: no CUDA device")
+
+    monkeypatch.setattr(compute, "choose", refuse)
+    with pytest.raises(UserError, match=r"add_layer_norm: no CUDA device; set compute\.layer_norm=torch"):
+        apply_compute(make(), ComputeConfig(layer_norm="triton"), CPU)
 
 
 @pytest.mark.parametrize("setting", ["checkpoint_activations=mlp", "checkpoint_activations=blocks"])
