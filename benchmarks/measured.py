@@ -25,6 +25,8 @@ OPERATIONS = {
     "distill_dense": ("dense_distillation_cross_entropy",),
     "pool": ("cross_attention_pool",),
     "adamw_ema": ("adamw_ema", "grad_norm"),
+    "attention": ("attention",),
+    "layer_norm": ("add_layer_norm",),
 }
 
 Json = dict[str, Any]

@@ -255,3 +255,15 @@ def copy_bytes_per_s(device: str) -> float:
     target = torch.empty_like(source)
     times_ms = [time_ms(target.copy_, source, device) for _ in range(MIN_REPEATS + 2)]
     return 2 * source.numel() * source.element_size() / (min(times_ms[2:]) / 1e3)
+
+
+def draw(*shape: int, device: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """Standard normal numbers, the same for the same seed and kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def with_gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The loss and its gradients by the leaves' names."""
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}

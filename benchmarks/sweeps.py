@@ -8,7 +8,7 @@ Axes: V views, B batch, L tokens, D embedding, H heads, M rows of logits, K clas
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import plots, rows
+from benchmarks import plots, rows, tower_sweeps
 from benchmarks.rows import Row
-from benchmarks.sweep import ORACLE, Point, Sweep, measure
+from benchmarks.sweep import ORACLE, Point, Sweep, draw, measure, with_gradients
 from cosmos_fast.ops import (
     PoolWeights,
     adamw_ema_,
@@ -34,11 +34,6 @@ DIM, HEADS, VIEWS, TEACHER_VIEWS = 512, 8, 8, 4
 ADAMW = {"lr": 5e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.5, "ema_decay": 0.999}
 
 
-def draw(*shape: int, device: str, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=device).to(dtype)
-
-
 def with_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The operation, which then takes COMPILED as a backend too: its oracle through torch.compile."""
 
@@ -50,11 +45,6 @@ def with_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return compiled()(*arguments) if backend == COMPILED else function(*arguments, backend=backend)
 
     return call
-
-
-def with_gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    gradients = torch.autograd.grad(loss, list(leaves.values()))
-    return {"loss": loss.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
 def infonce(device: str) -> Sweep:
@@ -239,6 +229,8 @@ SWEEPS: dict[str, Callable[[str], Sweep]] = {
     "distill": distill,
     "pool": pool,
     "optimizer": optimizer,
+    "attention": tower_sweeps.attention,
+    "layer_norm": tower_sweeps.layer_norm,
 }
 
 
