@@ -78,8 +78,9 @@ class ProductTrainer:
     def phases(self, images: list[Tensor], texts_VBL: Tensor, lr: float) -> Iterator[str]:
         """Run a step, yielding the name of each phase after it."""
         self.optimizer.zero_grad()
-        with torch.no_grad(), self.autocast():
+        with torch.inference_mode(), self.autocast():
             teacher = self.teacher.encode_views(images[:GLOBAL_VIEWS], texts_VBL[:GLOBAL_VIEWS])
+        teacher = TeacherFeatures(teacher.image.clone(), teacher.text.clone())  # as the engine does, for the loss
         yield "teacher"
         with self.autocast():
             student = self.student(images, texts_VBL)

@@ -64,7 +64,8 @@ class Setting:
         return OtherRanks(count, self.shape.model.embed_dim, self.device) if count else None
 
     def inputs(self, seed: int) -> tuple[list[Tensor], Tensor]:
-        return self.shape.images(seed, self.device), self.shape.texts(seed, self.device)
+        """Images on the device; captions on the host, where loaders leave them."""
+        return self.shape.images(seed, self.device), self.shape.texts(seed)
 
     def row(
         self,

@@ -92,6 +92,7 @@ class EagerTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
+        texts_VBL = texts_VBL.to(images[0].device, non_blocking=True)
         teacher = self.forward_teacher(images, texts_VBL)
         yield "teacher"
         student = self.forward_student(images, texts_VBL)
