@@ -6,6 +6,7 @@ Backends whose packages are missing run on stand-ins that check what they are gi
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,19 @@ def test_sequences_too_long_for_the_triton_kernels_are_told():
     assert choose("triton", longest=256, device=device) == "triton"
     with pytest.raises(UserError, match="cannot run: sequences of 257 tokens, it takes at most 256"):
         choose("triton", longest=257, device=device)
+
+
+@pytest.mark.skipif(find_spec(attention_varlen.MODULE) is None, reason="came with PyTorch 2.10")
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_installed_pytorch_takes_these_arguments(causal):
+    """Tensors without values: its function is there, takes what it is given and has a backward pass."""
+    queries, keys, _ = CASES["some whole, some one query"]
+    parts = [part.detach().to("meta", torch.bfloat16).requires_grad_() for part in inputs(queries, keys)]
+    out_THd = attention_varlen.attend(*parts, Sequences.from_lengths(queries, keys, device="meta"), causal)
+    assert out_THd.shape == parts[0].shape
+    assert attention_varlen.varlen_function()[0].__module__ == attention_varlen.MODULE
+    grads = torch.autograd.grad(out_THd, parts, torch.empty_like(out_THd))
+    assert [grad.shape for grad in grads] == [part.shape for part in parts]
 
 
 def test_lengths_become_groups_of_neighbours():
