@@ -12,6 +12,7 @@ something failed or was left out, 2 cannot run here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -30,6 +31,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TOTAL_S = 520.0
+SHOWN = ("click", "rich", "matplotlib")
+TOWER_TESTS = ("tests/kernels/test_attention", "tests/kernels/test_layer_norm")
+TOWER_BENCHES = ("rates", "attention", "layer_norm")
+VIT_B_16 = ("--model", "ViT-B-16")
+PAPER_REGIME = ("--batch", "32", "--global-batch", "4096")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class Step:
     """One process. It gets `limit_s` if it can, and is left out where less than `least_s` is left for it.
 
     command: arguments after the Python interpreter; "{budget}" becomes two thirds of the seconds it gets, "{junit}" a
-    file for pytest's results. modules: packages it imports, beside torch.
+    file of its own for pytest's results. modules: packages it imports, beside torch.
     """
 
     name: str
@@ -59,25 +65,38 @@ class Outcome:
 
 def plan() -> list[Step]:
     """All steps, most telling first: a step in front may use what the later ones can spare, not what they need."""
-    tests = ("-m", "pytest", "tests/kernels", "-q", "-rs", "-p", "no:cacheprovider", "--junitxml={junit}")
-    tests += ("--ignore-glob=*emulated*", "--ignore-glob=*compile_ahead*")
-    if importlib.util.find_spec("xdist"):
-        tests += ("-n", "4")  # four processes share the GPU and compile side by side
-    shown = ("click", "rich", "matplotlib")
+    tests = [f"tests/kernels/{path.name}" for path in sorted((ROOT / "tests" / "kernels").glob("test_*.py"))]
+    tests = [path for path in tests if "emulated" not in path and "compile_ahead" not in path]
+    of_towers = [path for path in tests if path.startswith(TOWER_TESTS)]
+    others = [path for path in tests if path not in of_towers]
     steps = [
         Step(name="build", command=("benchmarks/build_cuda.py",), limit_s=150, least_s=20),
-        Step(name="kernel tests", command=tests, limit_s=200, least_s=40, modules=("pytest",)),
+        *([_tests("kernel tests of the towers", of_towers, limit_s=120, least_s=30)] if of_towers else []),
+        _tests("kernel tests", others, limit_s=160, least_s=40),
+        _bench("step", *VIT_B_16, limit_s=120, least_s=50),
+        _bench("step", *VIT_B_16, *PAPER_REGIME, limit_s=60, least_s=25),
     ]
+    found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"step"}
+    first = [name for name in TOWER_BENCHES if name in found]
+    steps += [_bench(name) for name in first]
     for name in ("infonce", "pool", "optimizer", "distill"):
         command = ("-m", "benchmarks.sweeps", name, "--device", "cuda", "--budget-s", "{budget}")
-        steps.append(Step(name=f"sweep {name}", command=command, limit_s=60, least_s=20, modules=shown))
-    for path in sorted((ROOT / "benchmarks").glob("bench_*.py")):
-        name = path.stem.removeprefix("bench_")
-        command = ("-m", f"benchmarks.{path.stem}", "--device", "cuda")
-        if name == "step":
-            command += ("--model", "ViT-B-16")
-        steps.append(Step(name=f"bench {name}", command=command, limit_s=60, least_s=15, modules=shown))
-    return steps
+        steps.append(Step(name=f"sweep {name}", command=command, limit_s=50, least_s=15, modules=SHOWN))
+    return steps + [_bench(name) for name in sorted(found.difference(first))]
+
+
+def _tests(name: str, paths: Sequence[str], limit_s: float, least_s: float) -> Step:
+    command = ("-m", "pytest", *paths, "-q", "-rs", "-p", "no:cacheprovider", "--junitxml={junit}")
+    if importlib.util.find_spec("xdist"):
+        command += ("-n", "4")  # four processes share the GPU and compile side by side
+    return Step(name=name, command=command, limit_s=limit_s, least_s=least_s, modules=("pytest",))
+
+
+def _bench(name: str, *options: str, limit_s: float = 50, least_s: float = 12) -> Step:
+    command = ("-m", f"benchmarks.bench_{name}", "--device", "cuda", *options)
+    return Step(
+        name=" ".join(("bench", name, *options)), command=command, limit_s=limit_s, least_s=least_s, modules=SHOWN
+    )
 
 
 def allowance(step: Step, later: Sequence[Step], remaining_s: float) -> float:
@@ -92,7 +111,6 @@ def run_all(steps: Sequence[Step], report: dict[str, object], out: Path, total_s
     end = time.monotonic() + total_s
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory() as folder:
-        junit = Path(folder) / "junit.xml"
         for i, step in enumerate(steps):
             missing = [name for name in step.modules if importlib.util.find_spec(name) is None]
             allowed_s = allowance(step, steps[i + 1 :], end - time.monotonic())
@@ -101,11 +119,11 @@ def run_all(steps: Sequence[Step], report: dict[str, object], out: Path, total_s
             elif allowed_s == 0:
                 outcome = Outcome(name=step.name, status="left out", seconds=0, output_tail="no time left")
             else:
-                outcome = run_step(step, allowed_s, junit)
+                outcome = run_step(step, allowed_s, Path(folder) / f"{i}.xml")
             print(f"== {outcome.name}: {outcome.status}, {outcome.seconds:.0f} s", flush=True)
             outcomes.append(outcome)
             report["steps"] = [asdict(done) for done in outcomes]
-            report["tests"] = test_results(junit)
+            report["tests"] = test_results(Path(folder))
             report["rows"] = rows_beside(out)
             write(report, out)
     return outcomes
@@ -140,17 +158,20 @@ def _python_path() -> list[str]:
     return [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
 
 
-def test_results(junit: Path) -> dict[str, dict[str, int]]:
-    """Of each test module how many tests passed, failed and were skipped; empty before pytest has finished."""
+def test_results(folder: Path) -> dict[str, dict[str, int]]:
+    """Of each test module how many tests passed, failed and were skipped, from pytest's files in the folder.
+
+    A run of pytest that was stopped has left none, or a part.
+    """
     found: dict[str, dict[str, int]] = {}
-    try:
-        cases = list(ET.parse(junit).iter("testcase"))
-    except (OSError, ET.ParseError):
-        return found
+    cases: list[ET.Element] = []
+    for path in sorted(folder.glob("*.xml")):
+        with contextlib.suppress(ET.ParseError):
+            cases += ET.parse(path).iter("testcase")
     for case in cases:
         kinds = {child.tag for child in case}
         kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        module = re.sub(r"^tests\.kernels\.", "", case.get("classname", "")).split(".")[0]
+        module = re.sub(r"^tests\.\w+\.", "", case.get("classname", "")).split(".")[0]
         counts = found.setdefault(module, {"passed": 0, "failed": 0, "skipped": 0})
         counts[kind] += 1
     return found

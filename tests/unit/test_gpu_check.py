@@ -26,8 +26,14 @@ def test_the_plan_fits_nine_minutes_and_holds_every_benchmark():
     assert gpu_check.TOTAL_S < 9 * 60
     assert sum(step.least_s for step in steps) < gpu_check.TOTAL_S
     names = [step.name for step in steps]
-    assert names[:2] == ["build", "kernel tests"]
-    assert {f"bench {path.stem[6:]}" for path in (ROOT / "benchmarks").glob("bench_*.py")} <= set(names)
+    # Correctness first, of what is new before all; then the whole step, in both settings that have bars.
+    assert names[0] == "build"
+    assert [name for name in names if "tests" in name] == names[1 : names.index("kernel tests") + 1]
+    whole_step = [step for step in steps if step.name.startswith("bench step")]
+    assert whole_step == steps[names.index("kernel tests") + 1 :][:2]
+    assert {f"bench {path.stem[6:]}" for path in (ROOT / "benchmarks").glob("bench_*.py")} <= {
+        " ".join(name.split()[:2]) for name in names
+    }
     assert {"sweep infonce", "sweep pool", "sweep optimizer", "sweep distill"} <= set(names)
     # Even if every step used all it may, the last still gets its least.
     remaining_s = gpu_check.TOTAL_S
@@ -35,6 +41,16 @@ def test_the_plan_fits_nine_minutes_and_holds_every_benchmark():
         allowed_s = allowance(planned, steps[i + 1 :], remaining_s)
         assert allowed_s >= planned.least_s
         remaining_s -= allowed_s
+
+
+def test_every_kernel_test_that_needs_a_gpu_is_run_once():
+    commands = [step.command for step in gpu_check.plan() if "pytest" in step.command]
+    paths = [part for command in commands for part in command if part.startswith("tests/")]
+    assert len(paths) == len(set(paths))
+    assert all((ROOT / path).exists() for path in paths)
+    everything = {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    left_out = everything - {Path(path).name for path in paths}
+    assert all("emulated" in name or "compile_ahead" in name for name in left_out)
 
 
 def test_a_step_may_use_what_the_later_ones_can_spare():
@@ -92,11 +108,10 @@ def test_results_of_kernel_tests_are_counted_by_module(tmp_path):
     (tmp_path / "test_toy_triton.py").write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert False\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    junit = tmp_path / "junit.xml"
-    assert gpu_check.test_results(junit) == {}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}", str(tmp_path)]
+    assert gpu_check.test_results(tmp_path) == {}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--junitxml=0.xml", str(tmp_path)]
     subprocess.run(command, capture_output=True, cwd=tmp_path)
-    (counts,) = gpu_check.test_results(junit).values()
+    (counts,) = gpu_check.test_results(tmp_path).values()
     assert counts == {"passed": 1, "failed": 1, "skipped": 1}
 
 
