@@ -5,6 +5,7 @@ Relative tolerances in fp32: 1e-5 for features and losses, 1e-4 for gradients, t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from cosmos_fast import CosmosLoss, create_model
 from cosmos_fast.config import (
+    ComputeConfig,
     EmaConfig,
     ModelConfig,
     OptimizerConfig,
@@ -149,8 +151,8 @@ def test_dense_features(golden: Golden) -> None:
         assert_close_to_max(found, golden.tensors[name], FORWARD_RTOL, name)
 
 
-def trainer(golden: Golden, out_dir: str) -> Trainer:
-    """The product's own trainer, started from the golden weights."""
+def trainer(golden: Golden, out_dir: str, recompute: str = "none", compiled: bool = False, parts: int = 1) -> Trainer:
+    """The product's own trainer, started from the golden weights. parts: micro-batches a step, with all negatives."""
     hyper = golden.hyper
     config = TrainConfig(
         name="golden",
@@ -158,8 +160,15 @@ def trainer(golden: Golden, out_dir: str) -> Trainer:
         optimizer=OptimizerConfig(lr=hyper["lr"], weight_decay=hyper["wd"]),
         schedule=ScheduleConfig(warmup_steps=hyper["warmup"]),
         ema=EmaConfig(decay=hyper["momentum"]),
+        compute=ComputeConfig(checkpoint_activations=recompute, compile=compiled),  # type: ignore[arg-type]
         run=RunConfig(
-            out_dir=out_dir, max_steps=hyper["total_steps"], batch_size=hyper["B"], precision="fp32", device="cpu"
+            out_dir=out_dir,
+            max_steps=hyper["total_steps"],
+            batch_size=hyper["B"] // parts,
+            accumulate_steps=parts,
+            negatives="all" if parts > 1 else "micro",
+            precision="fp32",
+            device="cpu",
         ),
     )
     built = Trainer(config, SimpleNamespace(samples_per_epoch=10**6), plan=plan_run(config))
@@ -170,7 +179,22 @@ def trainer(golden: Golden, out_dir: str) -> Trainer:
 
 def test_trajectory_and_final_weights(golden: Golden, tmp_path) -> None:
     """Optimizer groups, schedule, moving average and clamp are the trainer's own."""
-    run = trainer(golden, str(tmp_path))
+    check_trajectory(golden, trainer(golden, str(tmp_path)))
+
+
+def test_trajectory_with_every_saving(golden: Golden, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations made anew, blocks compiled, micro-batches with all negatives; packed and pruned as ever.
+
+    Of the compiler the front end alone: PyTorch runs what it hands on, which spares building C++ code.
+    """
+    monkeypatch.setattr("cosmos_fast.model.compute.COMPILER", "eager")
+    run = trainer(golden, str(tmp_path), recompute="blocks", compiled=True, parts=2)
+    blocks = [*run.student.transformer.blocks, *run.student.visual.transformer.blocks]
+    assert {(block.savings.recompute, block.savings.compiler) for block in blocks} == {("blocks", "eager")}
+    check_trajectory(golden, run)
+
+
+def check_trajectory(golden: Golden, run: Trainer) -> None:
     batch_size = golden.hyper["B"]
     rows = []
     for step in range(golden.hyper["steps"]):
@@ -181,7 +205,7 @@ def test_trajectory_and_final_weights(golden: Golden, tmp_path) -> None:
             position=step * batch_size,
             next_position=(step + 1) * batch_size,
         )
-        outcome = run.train_step([batch])
+        outcome = run.train_step(micro_batches(batch, run.config.run.accumulate_steps))
         assert outcome.applied
         scales = run.scales()
         rows.append(
@@ -201,3 +225,13 @@ def test_trajectory_and_final_weights(golden: Golden, tmp_path) -> None:
         for name, tensor in expected_weights.items():
             found = without_key_bias(name, weights[name])
             assert_close_to_max(found, without_key_bias(name, tensor), BACKWARD_RTOL, prefix + name)
+
+
+def micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """A batch cut in `parts`; as one, it is where the next step goes on."""
+    size = len(batch.keys) // parts
+    slices = [slice(start, start + size) for start in range(0, size * parts, size)]
+    return [
+        replace(batch, images=[view[part] for view in batch.images], texts=batch.texts[:, part], keys=batch.keys[part])
+        for part in slices
+    ]
