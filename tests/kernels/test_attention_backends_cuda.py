@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast import create_model
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
+from cosmos_fast.model import create_model
 from cosmos_fast.ops import backends
 from cosmos_fast.ops.attention import OP, Sequences, packed_attention
 from tests import attention_fakes
