@@ -1,4 +1,4 @@
-"""Run every benchmark of this folder with its default settings: `python -m benchmarks`."""
+"""Run every benchmark of this folder with its default settings, then make the report: `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def names() -> list[str]:
 def main() -> int:
     """Returns 1 if any benchmark failed; the others still run."""
     failed = []
-    for name in names():
-        command: click.Command = import_module(f"benchmarks.bench_{name}").command
+    for name in [*(f"bench_{name}" for name in names()), "report"]:
+        command: click.Command = import_module(f"benchmarks.{name}").command
         try:
             command.main(args=[], prog_name=name, standalone_mode=False)
         except Exception as error:

@@ -61,7 +61,7 @@ def show(found: Profile, folder: Path, console: Console | None = None) -> None:
     table.add_row("wall", f"{ledger.wall_ms:,.1f}", "100.0")
     console.print(table)
     for line in _rates(found):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(_operators(found))
     for line in _files(found, folder):
         click.echo(line)
