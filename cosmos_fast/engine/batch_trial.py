@@ -10,6 +10,7 @@ part for CUDA has not yet run on hardware.)
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import re
 import signal
@@ -116,6 +117,7 @@ def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int) -> int | 
 def _child(sender: Connection, config: TrainConfig) -> None:
     """Sends peak bytes, None where memory ran out, or what is wrong with the configuration."""
     _be_first_to_go()
+    logging.disable(logging.INFO)  # which backends run would be said in every size
     found: int | UserError | None = None
     try:
         run_steps(config, CPU)

@@ -257,6 +257,11 @@ class Trainer:
             _log.info("compute: %s", self.config.compute.changes())
         if warmup >= self.total_steps:
             _log.warning("schedule.warmup_steps=%d spans all %d steps: the rate never peaks", warmup, self.total_steps)
-        if run.world_size_hint and run.world_size_hint != self.world_size:
-            intended = run.world_size_hint * run.batch_size
-            _log.warning("this recipe was published with a global batch of %d; this run has %d", intended, batch)
+        intended = run.world_size_hint * run.batch_size
+        if intended and intended != batch:
+            steps = max(1, run.world_size_hint // self.world_size)
+            _log.warning(
+                "this recipe was published with a global batch of %d, this run has %d: run.accumulate_steps=%d with "
+                "run.negatives=all comes to %d",
+                *(intended, batch, steps, steps * run.batch_size * self.world_size),
+            )
