@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos_fast.config import TextConfig
@@ -54,7 +55,8 @@ class TextTower(nn.Module):
             )
         backend = self.transformer.attention_backend(tokens=token_ids_NL.numel(), longest=length)
         text = pack_text(token_ids_NL, keep_tokens, backend=backend, device=self.positional_embedding.device)
-        x_TW = self.token_embedding(text.token_ids) + self.positional_embedding[text.positions]
+        # embedding() rather than indexing: the same, with a backward pass that is three times as fast on a CPU.
+        x_TW = self.token_embedding(text.token_ids) + F.embedding(text.positions, self.positional_embedding)
         kept_KW = self.transformer(x_TW, text.layout)
         features_ND = self.ln_final(kept_KW.index_select(0, text.layout.pooled_in_kept)) @ self.text_projection
         if not keep_tokens:
