@@ -140,7 +140,8 @@ def _backward_kernel(
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     lse = lse * 1.4426950408889634
     scale_log2 = scale * 1.4426950408889634
-    low, high = visible_keys(cu_queries_ptr, cu_keys_ptr, first, end, q_begin + offs_q, SHARING, CAUSAL)
+    if CAUSAL or SHARING > 1:
+        low, high = visible_keys(cu_queries_ptr, cu_keys_ptr, first, end, q_begin + offs_q, SHARING, CAUSAL)
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, k_end - k_begin, BLOCK_K):
@@ -152,9 +153,12 @@ def _backward_kernel(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        weights = tl.exp2(tl.where(seen, scores - lse[:, None], -float("inf")))
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse[:, None]
+        if CAUSAL or SHARING > 1:
+            seen = (keys[None, :] >= low[:, None]) & (keys[None, :] < high[:, None])
+        else:  # rows beyond the last query have weights too, but their gradient is zero
+            seen = keys[None, :] < k_end
+        weights = tl.exp2(tl.where(seen, scores, -float("inf")))
         dv = tl.dot(tl.trans(weights.to(grad.dtype)), grad, input_precision="ieee")
         tl.store(dv_base + k_offs * stride_dk_s + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask_k)
         dweights = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -235,7 +239,8 @@ def backward_options(
     share = share or sharing(max_queries, max_keys)
     query_block = block_size(share * max_queries, MAX_WIDE_QUERIES if splits > 1 else MAX_TOKENS)
     # 64 keys spill beside 256 queries; before Hopper, where both operands of a product lie in registers, always.
-    key_block = block_size(share * max_keys, 32 if query_block > 128 or arch < 90 else 64)
+    key_block = 64 if arch >= 90 and query_block <= 128 else 32 if arch >= 90 or dim <= WIDE_HEAD else 16
+    key_block = block_size(share * max_keys, key_block)
     return {
         "SHARING": share,
         "SPLITS": splits,

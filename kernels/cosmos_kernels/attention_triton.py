@@ -111,9 +111,12 @@ def _forward_kernel(
         q = tl.load(q_base + q_offs * stride_q_t + offs_d[None, :], mask=mask_q, other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
-        low, high = visible_keys(cu_queries_ptr, cu_keys_ptr, first, end, rows, SHARING, CAUSAL)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where((keys >= low[:, None]) & (keys < high[:, None]), scores, -float("inf"))
+        if CAUSAL or SHARING > 1:
+            low, high = visible_keys(cu_queries_ptr, cu_keys_ptr, first, end, rows, SHARING, CAUSAL)
+            scores = tl.where((keys >= low[:, None]) & (keys < high[:, None]), scores, -float("inf"))
+        else:
+            scores = tl.where(keys < k_end, scores, -float("inf"))
         peak = tl.maximum(tl.max(scores, 1), -1e30)  # finite where a row sees nothing
         weights = tl.exp2(scores - peak[:, None])
         total = tl.sum(weights, 1)
@@ -180,12 +183,13 @@ def forward_options(
     key_block = block_size(share * max_keys, MAX_TOKENS)
     # Before Hopper both operands of a product lie in registers: 64 queries beside 256 keys spill.
     query_block = block_size(share * max_queries, 32 if arch < 90 and key_block > 128 else 64)
+    scores = query_block * key_block
     return {
         "SHARING": share,
         "BLOCK_Q": query_block,
         "BLOCK_K": key_block,
         "BLOCK_D": block_size(dim, MAX_HEAD_DIM),
-        "num_warps": 8 if query_block * key_block > 64 * 128 else 4 if query_block * key_block > 32 * 32 else 2,
+        "num_warps": 8 if scores * dim > 64 * 256 * 64 else 4 if scores > 32 * 32 else 2,
         "num_stages": 1,
     }
 
