@@ -73,13 +73,13 @@ def plan() -> list[Step]:
         Step(name="build", command=("benchmarks/build_cuda.py",), limit_s=150, least_s=20),
         *([_tests("kernel tests of the towers", of_towers, limit_s=120, least_s=30)] if of_towers else []),
         _tests("kernel tests", others, limit_s=160, least_s=40),
-        _bench("step", *VIT_B_16, limit_s=120, least_s=50),
-        _bench("step", *VIT_B_16, *PAPER_REGIME, limit_s=60, least_s=25),
+        _bench("step", *VIT_B_16, "--profile", limit_s=150, least_s=50),  # compiles the port last, for minutes
+        _bench("step", *VIT_B_16, *PAPER_REGIME, "--profile", "--no-compiled", limit_s=60, least_s=25),
     ]
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"step"}
     first = [name for name in TOWER_BENCHES if name in found]
     steps += [_bench(name) for name in first]
-    for name in ("infonce", "pool", "optimizer", "distill"):
+    for name in ("infonce", "pool", "optimizer", "distill", "attention", "layer_norm"):
         command = ("-m", "benchmarks.sweeps", name, "--device", "cuda", "--budget-s", "{budget}")
         steps.append(Step(name=f"sweep {name}", command=command, limit_s=50, least_s=15, modules=SHOWN))
     return steps + [_bench(name) for name in sorted(found.difference(first))]

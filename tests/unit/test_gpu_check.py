@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import build_cuda, gpu_check
+from benchmarks import build_cuda, gpu_check, sweeps
 from benchmarks.gpu_check import Step, allowance, run_all
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_the_plan_fits_nine_minutes_and_holds_every_benchmark():
     assert {f"bench {path.stem[6:]}" for path in (ROOT / "benchmarks").glob("bench_*.py")} <= {
         " ".join(name.split()[:2]) for name in names
     }
-    assert {"sweep infonce", "sweep pool", "sweep optimizer", "sweep distill"} <= set(names)
+    assert {f"sweep {name}" for name in sweeps.SWEEPS} <= set(names)
     # Even if every step used all it may, the last still gets its least.
     remaining_s = gpu_check.TOTAL_S
     for i, planned in enumerate(steps):
