@@ -40,6 +40,7 @@ from cosmos_fast.utils.peak_rates import matmul_flops_per_s, peak_rate
 
 LEARNING_RATE = 1e-4
 CHECK_EMA_DECAY = 0.5
+CHECK_BATCH = 16  # in fp32, a GPU's batch keeps more for the backward pass than its memory holds
 
 
 def run_step(trainer: Trainer, inputs: tuple[list[Tensor], Tensor]) -> None:
@@ -53,7 +54,8 @@ def check_agreement(setting: Setting) -> None:
     sees AdamW and the moving average, with a decay small enough to show. A made-up global batch is left out: with it
     the sides differ in what they compute, see `check_among_others`.
     """
-    exact = replace(setting, precision="fp32", shape=replace(setting.shape, global_batch=None))
+    shape = replace(setting.shape, global_batch=None, batch=min(setting.shape.batch, CHECK_BATCH))
+    exact = replace(setting, precision="fp32", shape=shape)
     eager = make_port(exact)
     product = make_product(exact, eager.student.state_dict())
     found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
@@ -134,15 +136,18 @@ def measure_time(setting: Setting, repeats: int) -> tuple[Timing, list[Row]]:
 
 
 def measure_against_compiled(setting: Setting, repeats: int) -> list[Row]:
-    """Against the port compiled, whose losses must be those of the port as it stands."""
+    """Against the port compiled, whose losses must be those of the port as it stands.
+
+    They are compared as they will be timed: another precision or batch would compile for minutes once more.
+    """
 
     def check() -> None:
-        exact = replace(setting, precision="fp32")
-        plain, compiled = make_port(exact), make_port(exact, compiled=True)
+        plain, compiled = make_port(setting), make_port(setting, compiled=True)
         for trainer in (plain, compiled):
             for seed in (0, 1):
-                run_step(trainer, exact.inputs(seed))
-        assert_agree(losses_of(compiled), losses_of(plain), rtol=1e-4)
+                run_step(trainer, setting.inputs(seed))
+        rtol = 1e-4 if setting.precision == "fp32" else 2e-2
+        assert_agree(losses_of(compiled), losses_of(plain), rtol=rtol)
 
     timing = _time(setting, repeats, compiled=True, check=check)
     ours_ms, bar = timing.candidate_median_ms, setting.bars.compiled
@@ -268,15 +273,18 @@ def command(
         shape, compute = named_shape(model, width, layers, batch), ComputeConfig()
     setting = make_setting(recipe or model, widened(shape, global_batch), compute, device, precision)
     timing, found = measure_time(setting, repeats)
+    rows.write(found, out)  # after each part: a run that is stopped leaves what it has
+    if memory:
+        found += measure_memory(setting)
+        rows.write(found, out)
+    if profile:
+        found += measure_phases(setting, repeats)
+        rows.write(found, out)
     if setting.device == "cuda" if compiled is None else compiled:
         if reason := why_no_compiler(torch.device(setting.device)):
             click.echo(f"left out: the port compiled ({reason})")
         else:
             found += measure_against_compiled(setting, repeats)
-    if memory:
-        found += measure_memory(setting)
-    if profile:
-        found += measure_phases(setting, repeats)
     rows.show(found)
     low, high = timing.spread
     click.echo(f"half of the {repeats} step-time ratios lie in {low:.3f} to {high:.3f}")
