@@ -42,7 +42,7 @@ def _ratios(rows: Sequence[Row]) -> Plot | None:
     chosen = [row for row in rows if row.meets_bar is not None and not row.name.endswith("_sweep")]
     if not chosen:
         return None
-    png = _draw(partial(_paint_ratios, rows=chosen), BAR_IN * len(chosen) + 0.6, left=0.46)
+    png = _draw(partial(_paint_ratios, rows=chosen), BAR_IN * len(chosen) + 0.6, left=0.46, right=0.92)
     caption = "Share of the baseline's time or memory that is left; the dark mark is the bar, to the left of it is met."
     return Plot("ratios", "Against the baselines", caption, png)
 
@@ -53,14 +53,7 @@ def _paint_ratios(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
         assert row.bar is not None
         axes.barh(place, row.ratio, color=theme.good if row.meets_bar else theme.bad, height=0.62, alpha=0.85)
         axes.plot([row.bar] * 2, [place - 0.42, place + 0.42], color=theme.ink, linewidth=1.8)
-        axes.annotate(
-            f"{row.ratio:.2g}",
-            (max(row.ratio, row.bar), place),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            size=7,
-        )
+        axes.text(1.02, place, f"{row.ratio:.2g}", transform=axes.get_yaxis_transform(), va="center", size=7)
     axes.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=6.8)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -111,13 +104,15 @@ def _paint_ledgers(axes: Axes, theme: Theme, sides: dict[str, dict[str, float]])
     )
 
 
-def _draw(paint: Paint, height_in: float, *, left: float, head_in: float = 0.08) -> dict[str, bytes]:
+def _draw(
+    paint: Paint, height_in: float, *, left: float, right: float = 0.96, head_in: float = 0.08
+) -> dict[str, bytes]:
     """PNG bytes per theme."""
     made = {}
     for theme in THEMES:
         with matplotlib.rc_context(style(theme)):
             figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI)
-            figure.subplots_adjust(left=left, right=0.96, top=1 - head_in / height_in, bottom=0.5 / height_in)
+            figure.subplots_adjust(left=left, right=right, top=1 - head_in / height_in, bottom=0.5 / height_in)
             paint(figure.subplots(), theme)
             made[theme.name] = _png(figure)
     return made

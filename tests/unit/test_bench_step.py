@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from benchmarks import bench_step, step_setting
 from benchmarks.compiled_port import CompiledTrainer
 from benchmarks.eager_cosmos import EagerCosmos, EagerTrainer
+from benchmarks.harness import Timing
 from benchmarks.other_ranks import AmongOtherRanks, OtherRanks
+from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, mini_step, recipe_step, vit_b_16_step
 from benchmarks.step_setting import Bars, Setting
 from cosmos_fast.cli import bench
@@ -119,6 +121,11 @@ def test_the_port_compiled_computes_what_the_port_computes(monkeypatch) -> None:
 
 def test_without_a_compiler_that_baseline_is_left_out_and_said(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
+
+    def measure_time(setting: Setting, repeats: int) -> tuple[Timing, list[Row]]:
+        return Timing([2.0] * repeats, [1.0] * repeats), [setting.row("step_ms", 1.0, "ms", ratio=0.5)]
+
+    monkeypatch.setattr(bench_step, "measure_time", measure_time)
     arguments = ["step", "--width", "64", "--layers", "1", "--batch", "2", "--device", "cpu", "--no-memory"]
     result = CliRunner().invoke(bench.command, [*arguments, "--compiled", "--out", str(tmp_path / "step.json")])
     assert result.exit_code == 0, result.output
