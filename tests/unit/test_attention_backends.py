@@ -28,6 +28,8 @@ CASES = {
     "some whole, some one query": ([12, 12, 1, 1, 1], [12, 12, 4, 4, 9], True),
     "some queries": ([2, 2, 5, 3], [5, 5, 5, 7], True),
     "batch of one": ([6], [6], True),
+    "longer, full": ([20, 17, 3], [20, 17, 3], False),
+    "longer, causal": ([20, 17, 3], [20, 17, 3], True),
 }
 
 
