@@ -7,8 +7,8 @@ With the notation of `attention_triton`, P = exp(S - lse) and dO the gradient of
 
 One program a head and a sequence, or a tile of short ones, in one launch: its queries stay where they are, and its keys
 pass by in blocks. A block sees every query of its sequences, so its dk and dv are complete at once; dq is summed in
-registers over the blocks. No atomics: the same bits every time. More than 128 queries with wide heads are cut into
-blocks, and dk and dv summed over them afterwards.
+registers over the blocks. No atomics: the same bits every time. More than 128 queries with heads of more than 64
+channels are cut into blocks (before Hopper more than 64), and dk and dv summed over them afterwards.
 
 Shapes and bytes: as in the forward pass; q, k, v, out, dO read once, dq, dk, dv written once.
 
@@ -44,7 +44,7 @@ from cosmos_kernels.attention_parts import (
 from cosmos_kernels.pool_parts import block_size
 from cosmos_kernels.triton_support import AheadCase
 
-WIDE_HEAD, MAX_WIDE_QUERIES = 64, 128  # heads with more channels than this keep at most so many queries in a program
+WIDE_HEAD = 64  # heads with more channels leave registers for fewer queries
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def backward(
     tokens, heads, dim = q_THd.shape
     runs = [Run(0, len(cu_queries) - 1, max_queries, max_keys)] if runs is None else runs
     arch = architecture(q_THd.device)
-    splits = splits_for(max((run.max_queries for run in runs), default=1), dim)
+    splits = splits_for(runs, dim, sequences_per_program, arch)
     grad_q, grad_k, grad_v = empty_like_views((q_THd, k_SHd, v_SHd))
     made: tuple[Tensor, ...] = (grad_q, grad_k, grad_v)
     if splits > 1:
@@ -226,10 +226,17 @@ def backward(
     return grad_q.to(q_THd.dtype), grad_k.to(q_THd.dtype), grad_v.to(q_THd.dtype)
 
 
-def splits_for(max_queries: int, dim: int) -> int:
-    """Programs that the queries of a sequence are spread over: one, unless dq of a wide head would not fit one's
-    registers. Then each has a share of dk and dv, which are added up afterwards."""
-    return triton.cdiv(max_queries, MAX_WIDE_QUERIES) if dim > WIDE_HEAD else 1
+def splits_for(runs: Sequence[Run], dim: int, share: int | None, arch: int) -> int:
+    """Programs that the queries of a tile are spread over: one, unless dq of a wide head would not fit one's registers.
+    Then each has a share of dk and dv, which are added up afterwards."""
+    if dim <= WIDE_HEAD:
+        return 1
+    rows = ((share or sharing(run.max_queries, run.max_keys)) * run.max_queries for run in runs)
+    return triton.cdiv(max(rows, default=1), _max_wide_queries(arch))
+
+
+def _max_wide_queries(arch: int) -> int:
+    return 128 if arch >= 90 else 64
 
 
 def backward_options(
@@ -237,9 +244,12 @@ def backward_options(
 ) -> dict[str, int]:
     """Block sizes and warps for sequences of at most these lengths."""
     share = share or sharing(max_queries, max_keys)
-    query_block = block_size(share * max_queries, MAX_WIDE_QUERIES if splits > 1 else MAX_TOKENS)
-    # 64 keys spill beside 256 queries; before Hopper, where both operands of a product lie in registers, always.
-    key_block = 64 if arch >= 90 and query_block <= 128 else 32 if arch >= 90 or dim <= WIDE_HEAD else 16
+    query_block = block_size(share * max_queries, _max_wide_queries(arch) if dim > WIDE_HEAD else MAX_TOKENS)
+    # The most that does not spill; before Hopper both operands of a product lie in registers.
+    if arch < 90:
+        key_block = 32 if query_block <= 64 and dim <= WIDE_HEAD else 16
+    else:
+        key_block = 64 if query_block <= 128 and dim <= WIDE_HEAD else 32
     key_block = block_size(share * max_keys, key_block)
     return {
         "SHARING": share,
@@ -247,7 +257,7 @@ def backward_options(
         "BLOCK_Q": query_block,
         "BLOCK_K": key_block,
         "BLOCK_D": block_size(dim, MAX_HEAD_DIM),
-        "num_warps": 8 if query_block > 64 else 4 if query_block * key_block > 32 * 32 else 2,
+        "num_warps": 8 if query_block > 64 else 4 if query_block > 32 else 2,
         "num_stages": 1,
     }
 
@@ -269,7 +279,8 @@ def merged(cases: Iterable[AheadCase]) -> list[AheadCase]:
 
 def _ahead(arch: int, queries: int, keys: int, dim: int, causal: bool, share: int | None = None) -> AheadCase:
     """bf16 heads of a [T, 3 H d] matrix."""
-    options = backward_options(queries, keys, dim, share, splits_for(queries, dim), arch)
+    splits = splits_for([Run(0, 1, queries, keys)], dim, share, arch)
+    options = backward_options(queries, keys, dim, share, splits, arch)
     ends = ("q_t", "q_h", "k_s", "k_h", "v_s", "v_h", "grad_t", "grad_h", "dq_t", "dk_s", "share")
     strides = tuple(f"stride_{end}" for end in ends)
     return AheadCase(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cosmos_kernels import attention_parts, attention_triton, reference, triton_support
+from cosmos_kernels import attention_backward_triton, attention_parts, attention_triton, reference, triton_support
 from tests.kernels.truth import Outcome, assert_no_worse, outcome
 
 DTYPES = [
@@ -115,9 +115,12 @@ def test_any_width_of_a_head(dim, device):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_queries_of_wide_heads_are_cut_into_blocks(causal, device):
-    """Gradients of keys and values come from two programs; of the short sequence the second has no query."""
-    _check_full((150, 20), 1, 96, causal, torch.bfloat16, device)
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("lengths", [(150, 20), (30, 37, 20)], ids=str)
+def test_queries_of_wide_heads_are_cut_into_blocks(lengths, arch, causal, device, monkeypatch):
+    """Gradients of keys and values come from several programs, some of which have no query of a short sequence."""
+    monkeypatch.setattr(attention_backward_triton, "architecture", lambda _: arch)
+    _check_full(lengths, 1, 96, causal, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
