@@ -107,4 +107,3 @@ def test_the_last_mlp_runs_on_the_rows_that_are_read_only(inputs):
     # View 0 of the student keeps its tokens; of everything else one row is read.
     assert student_rows == [BATCH * (17 + len(SIDES) - 1), BATCH * (CONTEXT + len(texts) - 1)]
     assert teacher_rows == [2 * BATCH, 2 * BATCH]
-
