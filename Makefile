@@ -66,7 +66,7 @@ demo: $(CORE)
 	  --require-chance-multiple 50
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .
