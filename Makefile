@@ -63,7 +63,7 @@ demo: $(CORE)
 	$(BIN)/cosmos-fast train --recipe demo --resume
 	$(BIN)/cosmos-fast train --recipe demo_clip --resume
 	$(BIN)/cosmos-fast eval report --cosmos runs/demo/cosmos --clip runs/demo/clip --data data/demo/heldout --out runs/demo \
-	  --require-chance-multiple 50
+	  --segmentation-samples 250 --require-chance-multiple 50
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -71,7 +71,7 @@ def run(
         if task != "retrieval":
             scenes.require_meta(task)
     with progress_bar() as bar:
-        results = evaluate_all(model, scenes, tasks, bar)
+        results = evaluate_all(model, dict.fromkeys(tasks, scenes), bar)
     title = f"{checkpoint.name}, {weights}, {len(scenes)} samples"
     print_table(title, {weights: results})
     if out is not None:
@@ -95,6 +95,7 @@ def run(
 @click.option("--data", required=True, help="Held-out synthetic shards: directory, glob, brace pattern or file.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the report.")
 @click.option("--max-samples", type=click.IntRange(1), help="Evaluate the first so many samples only.")
+@click.option("--segmentation-samples", type=click.IntRange(1), help="Segment the first so many of them only.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @click.option(
     "--require-chance-multiple",
@@ -108,6 +109,7 @@ def report(
     data: str,
     out: Path,
     max_samples: int | None,
+    segmentation_samples: int | None,
     device: str,
     require_chance_multiple: float,
 ) -> None:
@@ -122,7 +124,7 @@ def report(
 
     scenes = SceneSet((SourceConfig(path=data),), max_samples)
     scenes.require_meta("the report")
-    inputs = measure(cosmos, clip, scenes, pick_device(device))
+    inputs = measure(cosmos, clip, scenes, pick_device(device), segmentation_samples)
     files = build.build_files(inputs)
     page.write_files(out, files)
     print_table(f"{len(scenes)} held-out scenes", inputs.results)
@@ -135,8 +137,13 @@ def report(
         )
 
 
-def measure(cosmos: Path, clip: Path | None, scenes: SceneSet, device: str) -> Inputs:
-    """Load every model and run every task on it. All runs and weights are read before the first measurement."""
+def measure(
+    cosmos: Path, clip: Path | None, scenes: SceneSet, device: str, segmentation_samples: int | None = None
+) -> Inputs:
+    """Load every model and run every task on it. All runs and weights are read before the first measurement.
+
+    segmentation_samples: segment only so many of the scenes, the first ones; this task takes longest.
+    """
     from cosmos_fast.evaluate.report.build import Inputs
     from cosmos_fast.evaluate.report.findings import CLIP, LABELS, STUDENT, TEACHER
     from cosmos_fast.evaluate.report.runs import read_run
@@ -150,8 +157,11 @@ def measure(cosmos: Path, clip: Path | None, scenes: SceneSet, device: str) -> I
         wanted[CLIP] = (clip, "student")
     models = {name: load_checkpoint(*source).to(device) for name, source in wanted.items()}  # type: ignore[arg-type]
     digests = {name: sha256_of(find_weights_file(*source)) for name, source in wanted.items()}  # type: ignore[arg-type]
+    tasks = dict.fromkeys(TASKS, scenes)
+    if segmentation_samples is not None:
+        tasks["segmentation"] = scenes.first(segmentation_samples)
     with progress_bar() as bar:
-        results = {name: evaluate_all(model, scenes, TASKS, bar, LABELS[name]) for name, model in models.items()}
+        results = {name: evaluate_all(model, tasks, bar, LABELS[name]) for name, model in models.items()}
     return Inputs(runs[cosmos], runs[clip] if clip else None, models[TEACHER], scenes, results, digests)
 
 
@@ -179,14 +189,12 @@ def progress_bar() -> Iterator[Any]:
         yield bar
 
 
-def evaluate_all(
-    model: Any, scenes: SceneSet, tasks: tuple[str, ...], bar: Any, label: str = ""
-) -> dict[str, TaskResult]:
-    """Every task on one model, with a bar a task."""
+def evaluate_all(model: Any, tasks: Mapping[str, SceneSet], bar: Any, label: str = "") -> dict[str, TaskResult]:
+    """Every task, each on its scenes, on one model, with a bar a task."""
     from cosmos_fast.evaluate.tasks import evaluate
 
     results = {}
-    for task in tasks:
+    for task, scenes in tasks.items():
         passes = 2 if task == "segmentation" else 1
         handle = bar.add_task(f"{label} {task}".strip(), total=passes * len(scenes))
         results[task] = evaluate(model, scenes, task, partial(bar.advance, handle))

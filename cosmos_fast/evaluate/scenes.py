@@ -82,6 +82,12 @@ class SceneSet:
         self.faults = FaultAccount(max_bad_share=1.0)
         self._cache: list[Scene] | None = None
 
+    def first(self, count: int) -> SceneSet:
+        """The first `count` samples as a set of their own."""
+        part = SceneSet(self.sources)
+        part._places = self._places[:count]
+        return part
+
     def __len__(self) -> int:
         """Samples in the shards; as many as iteration yields if none is broken."""
         return len(self._places)

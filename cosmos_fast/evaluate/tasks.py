@@ -243,6 +243,7 @@ def evaluate_segmentation(model: CosmosModel, scenes: SceneSet, on_scene: Advanc
             expected[f"{kind}_miou{suffix}"] = chance.segmentation_chance(pixels)
             constant[kind] = chance.constant_segmentation(pixels)
     protocol = {
+        "images": len(masked),
         "classes": {kind: list(names) for kind, names in texts.names.items()},
         "wordings": len(texts.text_SD),
         "prompts": sum(_count(classes.prompts) for classes in (meta.background, meta.shapes, meta.colours)),

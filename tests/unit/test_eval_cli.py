@@ -151,6 +151,14 @@ def test_report_is_one_page_that_loads_nothing(place: Path, tmp_path: Path) -> N
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "results.json", "plots"}
 
 
+def test_report_segments_only_as_many_scenes_as_asked_for(place: Path, tmp_path: Path) -> None:
+    assert run_command(command, report_arguments(place, tmp_path / "out", "--segmentation-samples", "3")) == 0
+    tasks = json.loads((tmp_path / "out/results.json").read_text())["results"]["teacher"]
+    assert tasks["segmentation"]["protocol"]["images"] == 3
+    assert tasks["retrieval"]["protocol"]["images"] > 3
+    assert "Segmentation is measured on 3 of the scenes." in (tmp_path / "out/report.html").read_text()
+
+
 def test_report_without_clip_compares_with_chance(place: Path, tmp_path: Path) -> None:
     arguments = ["report", "--cosmos", str(place / "cosmos"), "--data", str(place / "data/heldout")]
     assert run_command(command, [*arguments, "--out", str(tmp_path / "out"), "--max-samples", "6"]) == 0
