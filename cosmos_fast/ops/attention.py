@@ -21,14 +21,13 @@ from torch import Tensor
 
 from cosmos_fast.ops import attention_flash, attention_limits, attention_sdpa, attention_varlen, attention_xformers
 from cosmos_fast.ops import attention_triton as by_triton
+from cosmos_fast.ops.attention_checks import OP, check_inputs
 from cosmos_fast.ops.attention_sequences import Sequences
 from cosmos_fast.ops.backends import Backend, choose, register, stages_for
 from cosmos_fast.utils.errors import UserError
 from cosmos_kernels import attention_parts, triton_support
 
 __all__ = ["OP", "Sequences", "choose_attention", "packed_attention", "takes_any_length"]
-
-OP = "attention"
 
 
 def packed_attention(
@@ -47,14 +46,10 @@ def packed_attention(
         [T, H, d] in the dtype of the queries.
 
     Raises:
-        ValueError: shapes that do not fit the sequences, or a backend that cannot run.
+        ValueError: shapes that do not fit the sequences, several dtypes or devices, a causal mask over more queries
+            than keys, or a backend that cannot run.
     """
-    for label, tensor, rows in (("q_THd", q_THd, sequences.queries), ("k_SHd", k_SHd, sequences.keys)):
-        if tensor.dim() != 3 or tensor.shape[0] != rows:
-            raise ValueError(f"{OP}: {label} has shape {tuple(tensor.shape)}, the sequences have {rows} rows")
-    if k_SHd.shape != v_SHd.shape or k_SHd.shape[1:] != q_THd.shape[1:]:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (q_THd, k_SHd, v_SHd))
-        raise ValueError(f"{OP}: queries, keys and values of shapes {shapes} do not go together")
+    check_inputs(q_THd, k_SHd, v_SHd, sequences, causal)
     if sequences.rounded:
         if backend not in ("auto", "sdpa"):
             raise ValueError(f"{OP}: backend {backend!r} takes no rounded sequences: pack them exactly")

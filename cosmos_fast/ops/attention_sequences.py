@@ -51,10 +51,18 @@ class Sequences:
         visible_keys: Sequence[Tensor | None] | None = None,
         device: torch.device | str = "cpu",
     ) -> Sequences:
-        """Sequences in groups of (count, length); keys lie as queries do unless given."""
+        """Sequences in groups of (count, length); keys lie as queries do unless given.
+
+        Raises:
+            ValueError: a length below 1, or other counts of queries than of keys.
+        """
         queries = tuple(query_groups)
         keys = queries if key_groups is None else tuple(key_groups)
-        assert [count for count, _ in queries] == [count for count, _ in keys], (queries, keys)
+        if [count for count, _ in queries] != [count for count, _ in keys]:
+            raise ValueError(f"query_groups {queries} and key_groups {keys} have other counts, expected the same")
+        for name, groups in (("query_groups", queries), ("key_groups", keys)):
+            if any(length < 1 for _, length in groups):
+                raise ValueError(f"{name} {groups} has a length below 1")
         cu_queries = _boundaries(queries)
         on_host = cls(
             query_groups=queries,
@@ -72,7 +80,10 @@ class Sequences:
         cls, queries: Sequence[int], keys: Sequence[int] | None = None, *, device: torch.device | str = "cpu"
     ) -> Sequences:
         """One length a sequence; keys as many as queries unless given."""
-        pairs = list(zip(queries, queries if keys is None else keys, strict=True))
+        keys = queries if keys is None else keys
+        if len(queries) != len(keys):
+            raise ValueError(f"lengths of {len(queries)} queries and of {len(keys)} keys, expected as many of both")
+        pairs = list(zip(queries, keys, strict=True))
         runs = [(len(list(run)), *pair) for pair, run in groupby(pairs)]
         return cls.from_groups(
             [(count, length) for count, length, _ in runs],

@@ -17,6 +17,7 @@ MAX_HEAD_DIM = 128
 MAX_TILE = 128  # rows or columns of a tile that several sequences share
 MAX_SHARING = 8  # sequences of one tile
 MAX_STRIDE = 2**22  # elements from token to token: offsets within a tile are 32-bit
+MAX_OFFSET = 2**31 - 1  # and so are those of heads
 # What a program costs beside its products (start, latency of its loads), in scores of a tile. An estimate, not
 # measured: it is what makes three sequences of 37 tokens share a tile of 128.
 PROGRAM_COST = 4096
@@ -34,8 +35,14 @@ class Run:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Compute capability times ten; tiles are chosen by it. In the interpreter that of Hopper."""
-    return 10 * torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 90
+    """80, 90 or 100: whose tiles suit this GPU; Hopper's in the interpreter.
+
+    Those of A100 are for every GPU whose products take their operands from registers: Ada, the Blackwell of
+    workstations, and what is not known yet. They spill on none and need the least shared memory.
+    """
+    if device.type != "cuda":
+        return 90
+    return {9: 90, 10: 100, 11: 100}.get(torch.cuda.get_device_capability(device)[0], 80)
 
 
 def why_unsupported(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, *others: Tensor) -> str | None:
@@ -110,8 +117,9 @@ def _in_step(
 
 
 def readable(x_THd: Tensor) -> Tensor:
-    """As it is where channels are contiguous, else a contiguous copy."""
-    strided = x_THd.stride(2) == 1 and 0 < x_THd.stride(0) <= MAX_STRIDE
+    """As it is where channels are contiguous and offsets of tokens and heads fit 32 bits, else a contiguous copy."""
+    token, head, channel = x_THd.stride()
+    strided = channel == 1 and 0 < token <= MAX_STRIDE and head * x_THd.shape[1] <= MAX_OFFSET
     return x_THd if strided else x_THd.contiguous()
 
 

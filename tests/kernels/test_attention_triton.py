@@ -194,6 +194,23 @@ def test_strided_inputs_are_read_where_they_lie(device):
     assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
 
 
+def test_heads_that_lie_too_far_apart_are_copied():
+    """The offset of the last head must fit 32 bits: [H, T, d] seen as [T, H, d], with many tokens."""
+    near, far = (torch.empty_strided((4, 12, 8), (8, apart, 1), device="meta") for apart in (2**27, 2**28))
+    assert attention_parts.readable(near) is near
+    assert attention_parts.readable(far).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("capability", "tiles"),
+    [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80), ((13, 0), 80)],
+    ids=str,
+)
+def test_every_gpu_has_tiles_even_one_that_is_not_known(capability, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention_parts.architecture.__wrapped__(torch.device("cuda")) == tiles
+
+
 def test_the_same_bits_every_time(device):
     found = [_check_full((37,) * 4, 2, 64, False, torch.bfloat16, device) for _ in range(2)]
     assert torch.equal(found[0].outputs["out"], found[1].outputs["out"])

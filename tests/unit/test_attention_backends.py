@@ -56,16 +56,15 @@ def test_every_backend_computes_the_definition(backend, case, monkeypatch):
     name = backend if backend == "sdpa" else attention_fakes.use(backend, monkeypatch)
     actual = result_and_gradients(packed_attention(*parts, sequences, causal=causal, backend=name), parts)
     for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
-@pytest.mark.parametrize("case", ["causal", "some whole, some one query"])
-def test_the_triton_kernels_under_autograd(case):
-    """In the interpreter where there is no GPU; `tests/kernels` has their shapes, dtypes and errors."""
+def test_the_triton_kernels_take_mixed_queries():
+    """In the interpreter where there is no GPU; `test_attention_exactness.py` has the others."""
     device = "cpu" if triton_support.INTERPRETED else "cuda"
     dtype = torch.float32 if triton_support.INTERPRETED else torch.float16
-    queries, keys, causal = CASES[case]
+    queries, keys, causal = CASES["some whole, some one query"]
     exact = inputs(queries, keys)
     parts = [part.detach().to(device, dtype).requires_grad_() for part in exact]
     bounds = [[0, *torch.tensor(lengths).cumsum(0).tolist()] for lengths in (queries, keys)]
@@ -74,7 +73,7 @@ def test_the_triton_kernels_under_autograd(case):
     found = packed_attention(*parts, sequences, causal=causal, backend="triton")
     torch.manual_seed(1)
     direction = torch.randn(found.shape, dtype=torch.float64).to(found)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    tolerance = 8 * torch.finfo(dtype).eps  # on a GPU the inputs are rounded too
     for ours, theirs in zip([found.detach(), *torch.autograd.grad(found, parts, direction)], expected, strict=True):
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=tolerance, atol=tolerance)
 
@@ -121,14 +120,6 @@ def test_rounded_keys_are_not_seen():
     torch.testing.assert_close(packed_attention(*parts, rounded, causal=True), expected)
     with pytest.raises(ValueError, match="backend 'varlen' takes no rounded sequences"):
         packed_attention(*parts, rounded, causal=True, backend="varlen")
-
-
-def test_shapes_that_do_not_fit_are_named():
-    q, k, v = inputs([4], [4])
-    with pytest.raises(ValueError, match=r"k_SHd has shape \(4, 2, 8\), the sequences have 5 rows"):
-        packed_attention(q, k, v, Sequences.from_lengths([4], [5]), causal=False)
-    with pytest.raises(ValueError, match="do not go together"):
-        packed_attention(q[:, :1], k, v, Sequences.from_lengths([4]), causal=False)
 
 
 def choose(request: str, **changes: object) -> str:
