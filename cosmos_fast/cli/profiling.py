@@ -21,11 +21,12 @@ SHOWN_OPERATORS = 10
 def profile(config: TrainConfig, steps: int) -> None:
     """Profile a run from fresh weights; writes <run folder>/profile/ and leaves all else as it is."""
     from cosmos_fast.data.loader import build_loader
-    from cosmos_fast.engine.phases import PhaseTimer
+    from cosmos_fast.engine.out_of_memory import out_of_memory_explained
     from cosmos_fast.engine.precision import resolve_device
     from cosmos_fast.engine.profiler import profile_run
     from cosmos_fast.engine.run_folder import RunPlan
     from cosmos_fast.engine.trainer import Trainer
+    from cosmos_fast.utils.phases import PhaseTimer
 
     device = resolve_device(config.run.device)
     plan = RunPlan(Path(config.run.out_dir) / config.name)
@@ -39,8 +40,9 @@ def profile(config: TrainConfig, steps: int) -> None:
         device=str(device),
     )
     try:
-        trainer = Trainer(config, loader, plan=plan, clock=timer)
-        found = profile_run(trainer, timer, steps, plan.folder / "profile")
+        with out_of_memory_explained(config):
+            trainer = Trainer(config, loader, plan=plan, clock=timer)
+            found = profile_run(trainer, timer, steps, plan.folder / "profile")
     finally:
         loader.close()
     show(found, plan.folder / "profile")

@@ -83,7 +83,8 @@ def command(
     config = resolve_config(recipe, config_file, overrides)
     refuse_several_ranks()
     if profile or profile_steps is not None:
-        check_profile_options(profile, resume is not None or overwrite or dry_run or find_batch_size)
+        others = resume is not None or overwrite or dry_run or find_batch_size or memory_limit is not None
+        check_profile_options(profile, others)
         profiling.profile(config, profile_steps or profiling.DEFAULT_STEPS)
     elif find_batch_size or memory_limit is not None:
         check_batch_size_options(find_batch_size, resume is not None or overwrite or dry_run)
@@ -100,7 +101,8 @@ def check_profile_options(profile: bool, others: bool) -> None:
         raise UserError("--profile-steps says how long to profile: give --profile as well")
     if others:
         raise UserError(
-            "--profile starts from fresh weights and keeps no run: leave out --resume, --overwrite, --dry-run"
+            "--profile starts from fresh weights and keeps no run: leave out --resume, --overwrite, --dry-run, "
+            "--find-batch-size, --memory-limit"
         )
 
 

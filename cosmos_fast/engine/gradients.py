@@ -25,10 +25,10 @@ from cosmos_fast.config import ViewsConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.joined_features import JoinedFeatures, join_teacher
 from cosmos_fast.engine.loss_scale import LossScaler
-from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.loss import ClipLoss, CosmosLoss, CosmosLossOutput
 from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 
 
 @dataclass

@@ -22,13 +22,13 @@ from torch.profiler import profile as torch_profile
 
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.estimate import step_flops
-from cosmos_fast.engine.phases import Ledger, PhaseTimer
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import write_atomic
 from cosmos_fast.utils.logging import get_logger
 from cosmos_fast.utils.memory import MIB, peak_bytes, reset_peak
 from cosmos_fast.utils.peak_rates import PeakRate, measured_rate
+from cosmos_fast.utils.phases import Ledger, PhaseTimer
 
 _log = get_logger(__name__)
 

@@ -21,7 +21,6 @@ from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
 from cosmos_fast.engine.out_of_memory import out_of_memory_explained
-from cosmos_fast.engine.phases import PhaseClock, no_clock
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
 from cosmos_fast.engine.rng import set_rng_state
@@ -34,6 +33,7 @@ from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
 from cosmos_fast.utils.peak_rates import PeakRate, peak_rate
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.signals import StopRequest
 from cosmos_fast.utils.timing import Stopwatch
 
@@ -105,7 +105,7 @@ class Trainer:
         for model in (self.student, self.teacher):
             apply_compute(model, config.compute, self.device)
         self.clock = clock
-        objective = CosmosLoss() if config.objective == "cosmos" else ClipLoss()
+        objective = (CosmosLoss if config.objective == "cosmos" else ClipLoss)(clock=clock)
         self.gradients = Gradients(
             *(self.student, self.teacher, objective, config.data.views, self.precision),
             negatives=config.run.negatives,

@@ -1,5 +1,7 @@
 """The training objectives: COSMOS (contrastive plus cross-modal self-distillation) and plain CLIP.
 
+Either takes the process group of a run over several ranks, and the clock that is told of its collectives.
+
 Axes: V views, B batch, D embedding.
 """
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from cosmos_fast.model import CosmosFeatures, TeacherFeatures
 from cosmos_fast.ops import multiview_infonce
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 
 
 class CosmosLossOutput(NamedTuple):
@@ -32,9 +35,12 @@ class CosmosLoss:
     teacher gets no gradient. Local image crops enter the second term only.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, backend: str = "auto", clock: PhaseClock = no_clock
+    ) -> None:
         self.group = group
         self.backend = backend
+        self.clock = clock
 
     def __call__(self, student: CosmosFeatures, teacher: TeacherFeatures | None) -> CosmosLossOutput:
         """Both terms over the global batch; see `multiview_infonce` for gradients across ranks."""
@@ -51,15 +57,24 @@ class CosmosLoss:
 
     def _infonce(self, a_VBD: Tensor | Sequence[Tensor], b_VBD: Tensor, scale: Tensor) -> Tensor:
         dtype = _operand_dtype(b_VBD.device)
-        return multiview_infonce(a_VBD, b_VBD, scale, group=self.group, operand_dtype=dtype, backend=self.backend)
+        return multiview_infonce(
+            *(a_VBD, b_VBD, scale),
+            group=self.group,
+            operand_dtype=dtype,
+            backend=self.backend,
+            clock=self.clock,
+        )
 
 
 class ClipLoss:
     """Mean InfoNCE of every image view with every caption view; the distillation term is zero."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, backend: str = "auto") -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, backend: str = "auto", clock: PhaseClock = no_clock
+    ) -> None:
         self.group = group
         self.backend = backend
+        self.clock = clock
 
     def __call__(self, student: CosmosFeatures, teacher: TeacherFeatures | None = None) -> CosmosLossOutput:
         clip = multiview_infonce(
@@ -69,6 +84,7 @@ class ClipLoss:
             group=self.group,
             operand_dtype=_operand_dtype(student.image.device),
             backend=self.backend,
+            clock=self.clock,
         )
         return CosmosLossOutput(clip, torch.zeros_like(clip), clip)
 

@@ -35,10 +35,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_fast.ops import infonce_ranks, infonce_tiled
+from cosmos_fast.ops import infonce_tiled
 from cosmos_fast.ops.backends import Backend, register, stages_for
 from cosmos_fast.ops.infonce_checks import OP, check_arguments
+from cosmos_fast.ops.infonce_ranks import Ranks
 from cosmos_fast.ops.infonce_tiled import compute_dtype
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_kernels import infonce_cuda, native, reference, triton_support
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +56,7 @@ def multiview_infonce(
     offset: int = 0,
     operand_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    clock: PhaseClock = no_clock,
 ) -> Tensor:
     """Symmetric InfoNCE averaged over every pair of a view of `a` and a view of `b`.
 
@@ -69,6 +72,7 @@ def multiview_infonce(
             torch.float16 for features of unit norm; sums stay in fp32, gradients in the features' own dtype. None: no
             rounding.
         backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle; one process only).
+        clock: told of the group's collectives, also of those in the backward pass.
 
     Returns:
         Scalar loss over the global batch, in fp32 (fp64 for fp64 features), equal on every rank. With a group, the
@@ -85,7 +89,8 @@ def multiview_infonce(
     if b_VBD.shape[1] == parts[0].shape[1] and _rather_columns(parts, b_VBD):
         parts, b_VBD = [b_VBD], parts[0] if len(parts) == 1 else torch.cat(parts)
     dtype = parts[0].dtype if operand_dtype is None else operand_dtype
-    return _InfoNCE.apply(b_VBD, scale, offset, group, dtype, backend, *parts)
+    ranks = None if group is None else Ranks(group, clock)
+    return _InfoNCE.apply(b_VBD, scale, offset, ranks, dtype, backend, *parts)
 
 
 def _rather_columns(parts: list[Tensor], b_VBD: Tensor) -> bool:
@@ -153,23 +158,23 @@ class _InfoNCE(torch.autograd.Function):
         b_VBD: Tensor,
         scale: Tensor,
         offset: int,
-        group: dist.ProcessGroup | None,
+        ranks: Ranks | None,
         dtype: torch.dtype,
         backend: str,
         *parts: Tensor,
     ) -> Tensor:
         rows = [part.detach().to(dtype) for part in parts]
         columns, batch = b_VBD.detach().to(dtype), parts[0].shape[1]
-        if group is not None:
-            columns, offset = infonce_ranks.gather_columns(columns, group)
+        if ranks is not None:
+            columns, offset = ranks.gather_columns(columns)
         scale_value = scale.detach().to(compute_dtype(dtype))
         found = [_log_sum_exps(part, columns, scale_value, offset, backend) for part in rows]
         col_lse = torch.cat([cols for _, cols, _ in found])
         loss_sum = torch.stack([row_lse.sum() / 2 - positives for row_lse, _, positives in found]).sum()
         own = batch  # columns whose loss counts
-        if group is not None:
+        if ranks is not None:
             own = columns.shape[1]
-            col_lse, loss_sum = infonce_ranks.merge(col_lse, loss_sum, group)
+            col_lse, loss_sum = ranks.merge(col_lse, loss_sum)
         elif columns.shape[1] != batch:
             # Foreign columns are negatives only: without a loss of their own they have no term in the gradient.
             col_lse[:, :, :offset] = math.inf
@@ -177,7 +182,7 @@ class _InfoNCE(torch.autograd.Function):
         loss_sum = loss_sum + (col_lse if own == columns.shape[1] else col_lse[:, :, offset : offset + own]).sum() / 2
         pairs = col_lse.shape[0] * col_lse.shape[1] * own
         ctx.save_for_backward(columns, scale_value, col_lse, *(row_lse for row_lse, _, _ in found), *rows)
-        ctx.offset, ctx.pairs, ctx.group, ctx.backend = offset, pairs, group, backend
+        ctx.offset, ctx.pairs, ctx.ranks, ctx.backend = offset, pairs, ranks, backend
         ctx.dtypes = b_VBD.dtype, scale.dtype, parts[0].dtype
         return loss_sum / pairs
 
@@ -202,8 +207,8 @@ class _InfoNCE(torch.autograd.Function):
                 grad_columns = part_columns if grad_columns is None else grad_columns.add_(part_columns)
         if grad_columns is not None:
             grad_columns.mul_(weight * scale)
-            if ctx.group is not None:
-                grad_columns = infonce_ranks.scatter_columns(grad_columns, ctx.group)
+            if ctx.ranks is not None:
+                grad_columns = ctx.ranks.scatter_columns(grad_columns)
             grad_columns = grad_columns.to(ctx.dtypes[0])
         return grad_columns, grad_scale.to(ctx.dtypes[1]), None, None, None, None, *grads
 

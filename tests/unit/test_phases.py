@@ -3,68 +3,94 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cosmos_fast.engine import phases
-from cosmos_fast.engine.phases import OTHER, PHASES, Ledger, PhaseTimer, no_clock
-from cosmos_fast.utils import peak_rates
+from cosmos_fast.utils import peak_rates, phases
 from cosmos_fast.utils.peak_rates import matmul_flops_per_s, measured_rate, peak_rate, published_peak
+from cosmos_fast.utils.phases import OTHER, PHASES, Ledger, PhaseTimer, no_clock
 
 CPU = torch.device("cpu")
 
 
-def sleep_ms(length: float) -> None:
-    time.sleep(length / 1e3)
+class HandClock:
+    """A clock that moves when it is told to: what the timer finds is then exact."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: self.now_s))
+
+    def pass_ms(self, length: float) -> None:
+        self.now_s += length / 1e3
 
 
-def test_phases_sum_to_the_wall_time_that_another_clock_saw() -> None:
+@pytest.fixture
+def hand_clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    return HandClock(monkeypatch)
+
+
+def check(ledger: Ledger, wall_ms: float, **phase_ms: float) -> None:
+    """Those phases took so long, the others nothing, and what is left of the wall time is "other"."""
+    assert ledger.wall_ms == pytest.approx(wall_ms)
+    expected = dict.fromkeys(PHASES, 0.0) | phase_ms
+    assert ledger.phase_ms == pytest.approx({**expected, OTHER: wall_ms - sum(phase_ms.values())}, abs=1e-6)
+    assert list(ledger.phase_ms) == [*PHASES, OTHER]
+
+
+def test_phases_and_the_rest_sum_to_the_wall_time_of_an_average_step(hand_clock: HandClock) -> None:
     timer = PhaseTimer(CPU)
     with timer("data"):  # before start(): forgotten
-        sleep_ms(30)
-    begin = time.perf_counter()
+        hand_clock.pass_ms(30)
     timer.start()
     for _ in range(2):
         with timer("data"):
-            sleep_ms(4)
-        sleep_ms(2)
+            hand_clock.pass_ms(4)
+        hand_clock.pass_ms(2)
         for _ in range(2):  # micro-batches: a phase comes back within a step
             with timer("student"):
-                sleep_ms(3)
+                hand_clock.pass_ms(3)
     ledger = timer.stop(steps=2)
-    seen_ms = 1e3 * (time.perf_counter() - begin) / 2
-    assert list(ledger.phase_ms) == [*PHASES, OTHER]
-    assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms, rel=1e-9)
-    assert 0.8 * seen_ms <= ledger.wall_ms <= seen_ms
-    assert ledger.phase_ms["data"] >= 4
-    assert ledger.phase_ms["student"] >= 6
-    assert ledger.phase_ms[OTHER] >= 2
-    assert ledger.phase_ms["teacher"] == 0
-    assert sum(map(ledger.share_pct, ledger.phase_ms)) == pytest.approx(100)
+    check(ledger, wall_ms=12, data=4, student=6)
+    assert ledger.share_pct("student") == pytest.approx(50)
+    timer.start()  # and anew
+    hand_clock.pass_ms(1)
+    check(timer.stop(steps=1), wall_ms=1)
 
 
-def test_a_phase_inside_another_counts_once() -> None:
+def test_a_phase_inside_another_counts_once(hand_clock: HandClock) -> None:
     timer = PhaseTimer(CPU)
     timer.start()
     with timer("loss"):
-        sleep_ms(2)
+        hand_clock.pass_ms(2)
         with timer("communication"):
-            sleep_ms(8)
-        sleep_ms(2)
-    ledger = timer.stop(steps=1)
-    assert ledger.phase_ms["communication"] >= 8
-    assert ledger.phase_ms["loss"] >= 4
-    assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms)
+            hand_clock.pass_ms(8)
+        hand_clock.pass_ms(3)
+    hand_clock.pass_ms(1)
+    check(timer.stop(steps=1), wall_ms=14, loss=5, communication=8)
 
 
-def test_an_error_closes_its_phase() -> None:
+def test_an_error_closes_its_phase(hand_clock: HandClock) -> None:
     timer = PhaseTimer(CPU)
     timer.start()
-    with pytest.raises(KeyError), timer("loss"):
-        raise KeyError
-    sleep_ms(3)
-    assert timer.stop(1).phase_ms[OTHER] >= 3
+    with timer("backward"):
+        hand_clock.pass_ms(5)
+        with pytest.raises(KeyError), timer("loss"):
+            raise KeyError
+        hand_clock.pass_ms(2)
+    hand_clock.pass_ms(3)
+    check(timer.stop(steps=1), wall_ms=10, backward=7)
+
+
+def test_the_clock_is_the_wall_clock() -> None:
+    timer = PhaseTimer(CPU)
+    begin = time.perf_counter()
+    timer.start()
+    with timer("data"):
+        time.sleep(0.004)
+    ledger = timer.stop(steps=1)
+    assert 4 <= ledger.phase_ms["data"] <= ledger.wall_ms <= 1e3 * (time.perf_counter() - begin)
 
 
 def test_unknown_phases_are_a_mistake_with_either_clock() -> None:
@@ -81,30 +107,31 @@ class FakeEvent:
         self.at_ms = float("nan")
 
     def record(self, stream: object) -> None:
-        self.at_ms = 1e3 * time.perf_counter()
+        self.at_ms = 1e3 * phases.time.perf_counter()
 
     def elapsed_time(self, later: FakeEvent) -> float:
         return later.at_ms - self.at_ms
 
 
-def test_on_cuda_events_are_recorded_and_nothing_waits_between_start_and_stop(monkeypatch) -> None:
-    waits: list[float] = []
+def test_on_cuda_events_are_recorded_and_nothing_waits_between_start_and_stop(
+    hand_clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[torch.device] = []
     monkeypatch.setattr(phases.torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(phases.torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(phases.torch.cuda, "synchronize", lambda device: waits.append(time.perf_counter()))
+    monkeypatch.setattr(phases.torch.cuda, "synchronize", waits.append)
     timer = PhaseTimer(torch.device("cuda"))
     timer.start()
     assert len(waits) == 1
     with timer("teacher"):
-        sleep_ms(3)
+        hand_clock.pass_ms(3)
     with timer("student"):
-        sleep_ms(5)
+        hand_clock.pass_ms(5)
+    hand_clock.pass_ms(1)
     assert len(waits) == 1
     ledger = timer.stop(steps=1)
     assert len(waits) == 2
-    assert ledger.phase_ms["teacher"] >= 3
-    assert ledger.phase_ms["student"] >= 5
-    assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms)
+    check(ledger, wall_ms=9, teacher=3, student=5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -145,6 +172,25 @@ def test_published_peaks_are_found_by_the_name_that_torch_gives(device: str, ope
     found = published_peak(device, operands)
     assert (None if found is None else found.flops_per_s / 1e12) == (tera and pytest.approx(tera))
     assert found is None or device in found.source
+
+
+@pytest.mark.parametrize(("tf32", "tera"), [(False, 19.5), (True, 156)])
+def test_fp32_products_of_a_gpu_count_as_what_torch_runs_them_in(tf32: bool, tera: float, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(peak_rates, "_tf32_allowed", lambda: tf32)
+    found = {precision: peak_rate(torch.device("cuda:0"), precision) for precision in ("fp32", "bf16", "fp8")}
+    rates = [None if rate is None else rate.flops_per_s / 1e12 for rate in found.values()]
+    assert rates == [pytest.approx(tera), pytest.approx(312), None]
+
+
+def test_whether_tf32_is_allowed_is_what_torch_was_told() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, allowed in (("highest", False), ("high", True)):
+            torch.set_float32_matmul_precision(setting)
+            assert peak_rates._tf32_allowed() is allowed
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_a_cpu_has_no_published_peak_and_says_that_its_rate_is_measured(monkeypatch) -> None:

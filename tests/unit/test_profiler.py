@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from rich.console import Console
 from cosmos_fast.cli import profiling
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.engine import profiler
-from cosmos_fast.engine.phases import OTHER, PHASES, PhaseTimer
 from cosmos_fast.engine.profiler import Operator, Profile, profile_run
 from cosmos_fast.engine.run_folder import RunPlan
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.peak_rates import PeakRate
+from cosmos_fast.utils.phases import OTHER, PHASES, PhaseTimer
 from tests.shards import write_shards
 from tests.tiny_run import TINY, FakeLoader, make_trainer, rows_of, tiny_config
 
@@ -59,6 +60,7 @@ def test_the_ledger_sums_to_the_wall_and_counts_the_useful_flops(recipe: str, tm
     ledger = found.ledger
     assert list(ledger.phase_ms) == [*PHASES, OTHER]
     assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms)
+    assert 0 <= ledger.share_pct(OTHER) < 20
     busy = {"data", "student", "loss", "backward", "optimizer"} | ({"teacher"} if recipe == "demo" else set())
     assert {phase for phase in PHASES if ledger.phase_ms[phase] > 0} == busy
     assert (ledger.steps, found.samples) == (3, 8)
@@ -78,6 +80,7 @@ def test_with_all_negatives_the_second_forward_is_a_phase_and_no_useful_work(tmp
     found = profiled(tmp_path, "run.accumulate_steps=2", "run.negatives=all", steps=2)
     assert found.ledger.phase_ms["recompute"] > 0
     assert sum(found.ledger.phase_ms.values()) == pytest.approx(found.ledger.wall_ms)
+    assert 0 <= found.ledger.share_pct(OTHER) < 20
     config = tiny_config(tmp_path)
     counted = sample_flops(config.model, config.data.views, global_batch=8)
     assert found.flops == pytest.approx(8 * counted.training)
@@ -119,6 +122,44 @@ def test_an_existing_run_is_left_alone_and_a_former_profile_replaced(tmp_path: P
     assert {path: after[path] for path in before} == before
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_snapshot_records_one_step_and_stops_recording(failing: bool, tmp_path: Path, monkeypatch) -> None:
+    """The part for CUDA, with torch's recorder stood in for."""
+    config = tiny_config(tmp_path)
+    timer = PhaseTimer(torch.device("cpu"))
+    trainer = make_trainer(config)
+    calls: list[object] = []
+
+    def record(enabled: str | None = "all", max_entries: int | None = None) -> None:
+        calls.append((enabled, trainer.state.step))
+
+    def dump(path: str) -> None:
+        calls.append("dump")
+        if failing:
+            raise OSError("No space left on device")
+        Path(path).write_text("a snapshot")
+
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", dump)
+    files: dict[str, str] = {}
+    told = pytest.raises(UserError, match="cannot be written") if failing else nullcontext()
+    with told:
+        profiler._snapshot(profiler._Stepper(trainer, timer), tmp_path, files)
+    assert calls == [("all", 0), "dump", (None, 1)]
+    assert files == ({} if failing else {"memory_snapshot": "memory_snapshot.pickle"})
+
+
+def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("cosmos_fast.engine.trainer.create_model", full)
+    shards = write_shards(tmp_path / "shards", (6,))
+    settings = [*TINY, f"run.out_dir={tmp_path / 'runs'}", f"data.train=[{{path: {shards}}}]", "data.workers=0"]
+    assert run(command, ["train", "--recipe", "demo", "--profile", *(f"--set={setting}" for setting in settings)]) == 2
+    assert "memory ran out with run.batch_size=4" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "demo").write_text("a file")
     with pytest.raises(UserError, match=r"the profile cannot be written to .*set run.out_dir"):
@@ -151,6 +192,7 @@ def test_the_command_profiles_with_the_real_loader_and_compresses_a_large_trace(
         (["--profile-steps", "3"], "give --profile as well"),
         (["--profile", "--resume"], "leave out --resume, --overwrite, --dry-run"),
         (["--profile", "--overwrite"], "leave out --resume"),
+        (["--profile", "--memory-limit", "4"], "--find-batch-size, --memory-limit"),
         (["--profile", "--set", "data.train=[]"], "data.train is empty"),
     ],
 )
