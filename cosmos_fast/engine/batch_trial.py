@@ -2,9 +2,9 @@
 
 On a CPU every size runs in a process of its own, because memory that is freed stays with the allocator and would hide
 the peak of the next; the whole process counts, interpreter and libraries included. It is ended as soon as it passes the
-limit. It is a fork of this process, which should have imported everything and computed nothing: where fork is unsafe it
-starts anew. On CUDA the allocator counts exactly, and is told to refuse what passes the limit: sizes run in place. (The
-part for CUDA has not yet run on hardware.)
+limit, and ends by itself when this process does. It is a fork of this process, which should have imported everything
+and computed nothing: where fork is unsafe it starts anew. On CUDA the allocator counts exactly, and is told to refuse
+what passes the limit: sizes run in place. (The part for CUDA has not yet run on hardware.)
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from cosmos_fast.engine.run_folder import RunPlan
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.memory import peak_bytes, reset_peak
+from cosmos_fast.utils.processes import end_with_parent
 
 STEPS = 3  # the optimizer's state exists after the first; a GPU's libraries take their workspaces in the second
 POLL_S = 0.02
@@ -66,7 +67,7 @@ def _on_cuda(config: TrainConfig, device: torch.device, limit_bytes: int) -> int
         run_steps(config, device)
         torch.cuda.synchronize(device)
         return peak_bytes(device)
-    except RuntimeError as error:
+    except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
@@ -116,17 +117,18 @@ def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int) -> int | 
 
 def _child(sender: Connection, config: TrainConfig) -> None:
     """Sends peak bytes, None where memory ran out, or what is wrong with the configuration."""
+    end_with_parent()
     _be_first_to_go()
     logging.disable(logging.INFO)  # which backends run would be said in every size
     found: int | UserError | None = None
     try:
         run_steps(config, CPU)
         found = peak_bytes(CPU)
-    except UserError as error:
-        found = error
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
         if not is_out_of_memory(error):
-            raise
+            if not isinstance(error, UserError):
+                raise
+            found = error
     sender.send(found)
 
 

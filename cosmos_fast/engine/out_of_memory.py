@@ -14,9 +14,13 @@ from cosmos_fast.utils.errors import UserError
 _PHRASES = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
 
 
+class OutOfMemory(UserError):
+    """A step did not fit memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    """Whether an allocation failed, on a GPU or on the CPU, explained or not."""
+    if isinstance(error, (OutOfMemory, torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _PHRASES)
 
@@ -35,7 +39,7 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
     """Around work that allocates.
 
     Raises:
-        UserError: instead of an error by which an allocator says that memory ran out.
+        OutOfMemory: instead of an error by which an allocator says that memory ran out.
     """
     try:
         yield
@@ -43,7 +47,7 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
+        raise OutOfMemory(
             f"memory ran out with run.batch_size={config.run.batch_size} ({first_line[:160]}): "
             f"{_smaller_batch(config)}; --find-batch-size measures what fits"
         ) from None

@@ -1,4 +1,4 @@
-"""Finding the batch size: the search, the measurement, the command."""
+"""Finding the batch size: the search and the command."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from cosmos_fast.cli.main import command, run
-from cosmos_fast.config import TrainConfig, dump_config
+from cosmos_fast.config import dump_config
 from cosmos_fast.data.batch import Batch
-from cosmos_fast.engine import batch_trial
 from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch
 from cosmos_fast.engine.batch_trial import measure_peak
-from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import make_trainer, tiny_config
+from tests.unit.test_batch_trial import measurable
 
 MIB, GIB = 2**20, 2**30
 
@@ -83,38 +81,11 @@ def test_trials_say_what_was_expected() -> None:
     assert all(trial.expected_bytes == trial.peak_bytes for trial in told[2:])
 
 
-def measurable(folder: Path, *overrides: str) -> TrainConfig:
-    """Tiny in parameters, large in activations."""
-    size = "{image_size: 64, patch_size: 4, width: 32, layers: 2, head_width: 16}"
-    return tiny_config(folder, f"model.vision={size}", "data.views.local_image_size=32", "run.threads=1", *overrides)
-
-
-@pytest.fixture(scope="module")
-def two_samples_bytes(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Peak of the measured process with a batch of 2."""
-    peak = measure_peak(measurable(tmp_path_factory.mktemp("two")), 2, 100 * GIB)
-    assert peak is not None
-    return peak
-
-
-def test_one_process_measures_one_size(two_samples_bytes: int, tmp_path: Path) -> None:
-    config = measurable(tmp_path)
-    large = measure_peak(config, 10, 100 * GIB)
-    assert large is not None
-    assert 1 * MIB < (large - two_samples_bytes) / 8 < 30 * MIB
-    assert measure_peak(config, 10, (two_samples_bytes + large) // 2) is None  # ended on the way
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_mistakes_in_the_measured_process_come_back(tmp_path: Path) -> None:
-    config = measurable(tmp_path, "compute.layer_norm=apex")
-    with pytest.raises(UserError, match="apex"):
-        measure_peak(config, 1, 100 * GIB)
-
-
-def test_command_prints_the_setting_and_writes_nothing(two_samples_bytes: int, tmp_path: Path, capfd) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(dump_config(measurable(tmp_path / "runs")))
+def test_command_prints_the_setting_and_writes_nothing(tmp_path: Path, capfd) -> None:
+    config, file = measurable(tmp_path / "runs"), tmp_path / "config.yaml"
+    file.write_text(dump_config(config))
+    two_samples_bytes = measure_peak(config, 2, 100 * GIB)
+    assert two_samples_bytes is not None
     limit_gib = (two_samples_bytes + 40 * MIB) / GIB
     arguments = ["train", "--config", str(file), "--find-batch-size", "--memory-limit", str(limit_gib)]
     assert run(command, arguments) == 0
@@ -183,41 +154,6 @@ def test_ctrl_c_ends_both_processes_in_one_line(tmp_path: Path) -> None:
             break
         time.sleep(0.05)
     assert not group_is_alive(process.pid)
-
-
-def test_cuda_runs_in_place_under_the_limit(tmp_path: Path, monkeypatch) -> None:
-    """The part for CUDA with a fake allocator: what it is told, and what an allocation that fails becomes."""
-    fractions: list[float] = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * GIB, 8 * GIB))
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(batch_trial, "resolve_device", lambda request: torch.device("cuda:0"))
-    monkeypatch.setattr(batch_trial, "reset_peak", lambda device: 0)
-    monkeypatch.setattr(batch_trial, "peak_bytes", lambda device: 123)
-    sizes: list[int] = []
-
-    def run_steps(config: TrainConfig, device: torch.device) -> None:
-        sizes.append(config.run.batch_size)
-        if config.run.batch_size > 8:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr(batch_trial, "run_steps", run_steps)
-    config = tiny_config(tmp_path)
-    assert measure_peak(config, 8, 4 * GIB) == 123
-    assert measure_peak(config, 9, 4 * GIB) is None
-    assert (sizes, fractions) == ([8, 9], [0.5, 1.0, 0.5, 1.0])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_finds_a_size(tmp_path: Path) -> None:
-    config = measurable(tmp_path, "run.device=cuda")
-    limit = 2 * GIB
-    search = BatchSizeSearch(lambda size: measure_peak(config, size, limit), limit)
-    found = search.run()
-    peak = measure_peak(config, found, limit)
-    assert peak is not None
-    assert 0.8 * limit < peak <= limit
 
 
 def test_full_captions_are_what_is_measured(tmp_path: Path) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +12,7 @@ from typing import Any
 from cosmos_fast.data.synthetic.scene import SceneSettings
 from cosmos_fast.data.synthetic.shards import Shard, write_shard
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.processes import end_with_parent
 
 _scenes_done: Any = None  # a shared counter, set in worker processes
 
@@ -22,15 +21,7 @@ def _start_worker(counter: Any) -> None:
     global _scenes_done
     _scenes_done = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A killed parent must not leave workers that go on writing beside the next run."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _count_scenes(scenes: int) -> None:
