@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine import loss_scale
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import add_noise, flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
@@ -64,12 +65,25 @@ def test_bf16_keeps_fp32_masters_and_stays_near_fp32(tmp_path: Path) -> None:
     torch.testing.assert_close(found["fp32"], found["bf16"], rtol=0.03, atol=0.0)
 
 
-def test_one_bad_step_is_skipped_counted_and_forgotten(tmp_path: Path, caplog) -> None:
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        # One micro-batch of the third step is bad: with all negatives that is the loss of all of them.
+        ("run.batch_size=2", "run.accumulate_steps=2", "run.negatives=all"),
+        ("run.batch_size=2", "run.accumulate_steps=2", "run.negatives=all", "run.precision=fp16"),
+    ],
+)
+def test_one_bad_step_is_skipped_counted_and_forgotten(
+    extra: tuple[str, ...], tmp_path: Path, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(loss_scale, "INITIAL_SCALE", 2.0**8)  # no overflow: every other step is applied
+
     def poison(batch: Batch) -> None:
         if batch.position == 8:
             batch.images[0][1] = math.nan
 
-    config = tiny_config(tmp_path)
+    config = tiny_config(tmp_path, *extra)
     trainer = make_trainer(config, poison=poison)
     weights: list[torch.Tensor] = []
     step = trainer.train_step

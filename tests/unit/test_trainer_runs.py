@@ -17,22 +17,31 @@ from cosmos_fast.engine import checkpoint
 from cosmos_fast.engine.hooks import StepOutcome
 from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.engine.trainer import Trainer
+from cosmos_fast.model import compute
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock
 from tests.tiny_run import add_noise, flat, losses_of, make_trainer, rows_of, tiny_config
 
+ALL_NEGATIVES = ("run.accumulate_steps=2", "run.negatives=all")
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_finishes_the_step_saves_and_stops(number: signal.Signals, tmp_path: Path) -> None:
+
+@pytest.mark.parametrize(
+    ("number", "extra"),
+    [(signal.SIGTERM, ()), (signal.SIGUSR1, ()), (signal.SIGTERM, ("run.batch_size=2", *ALL_NEGATIVES))],
+)
+def test_signal_finishes_the_step_saves_and_stops(
+    number: signal.Signals, extra: tuple[str, ...], tmp_path: Path
+) -> None:
     before = signal.getsignal(number)
 
     def poison(batch: Batch) -> None:
         if batch.position == 8:
             os.kill(os.getpid(), number)  # arrives while the third step's data is fetched
 
-    trainer = make_trainer(tiny_config(tmp_path), poison=poison)
+    trainer = make_trainer(tiny_config(tmp_path, *extra), poison=poison)
     state = trainer.fit()
     assert (state.step, trainer.stop.signal_name, trainer.finished) == (3, number.name, False)
+    assert state.position == 12
     newest = checkpoint.newest_valid(trainer.plan.checkpoints)
     assert newest is not None
     assert newest.name == "step_00000003"
@@ -74,8 +83,18 @@ def test_full_disk_stops_with_one_line_and_the_run_can_go_on(tmp_path: Path, mon
     assert torch.equal(flat(resumed.student), flat(whole.student))
 
 
-@pytest.mark.parametrize("extra", [(), ("run.accumulate_steps=2", "ema.schedule=cosine", "optimizer.clip_norm=0.1")])
-def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(extra: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("run.accumulate_steps=2", "ema.schedule=cosine", "optimizer.clip_norm=0.1"),
+        (*ALL_NEGATIVES, "run.precision=fp16", "optimizer.clip_norm=0.1", "compute.checkpoint_activations=mlp"),
+        (*ALL_NEGATIVES, "run.precision=bf16", "compute.compile=true", "compute.optimizer=torch"),
+    ],
+)
+def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(extra: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compute, "COMPILER", "eager")  # inductor takes half a minute for its first kernel
+    monkeypatch.setattr(compute, "why_no_compiler", lambda device: None)
     config = tiny_config(tmp_path, "run.max_steps=9", "run.checkpoint_every_steps=2", *extra)
     whole = make_trainer(replace(config, name="whole"), poison=add_noise)
     whole.fit()
