@@ -12,10 +12,10 @@
  *
  * Axes: B batch, L tokens (at most 256), M rows of a sample (at most 64), D embedding.
  */
-#include "launch.h"
+#include "pool_call.h"
 #include "pool_tile.h"
 
-/* Device pointers; all but the tokens contiguous. Everything aligned to 16 bytes, strides multiples of 8 elements. */
+/* Device pointers. */
 struct CosmosPoolBackward {
   const void* tokens;        /* [batch, tokens, dim] of the call's 16-bit type */
   const void* queries;       /* [batch, rows, dim] */
@@ -24,9 +24,7 @@ struct CosmosPoolBackward {
   void* attended;            /* [batch, rows, dim], written: Z once more */
   void* grad_queries;        /* [batch, rows, dim], written */
   void* grad_tokens;         /* [batch, tokens, dim], written, contiguous */
-  int64_t batch, length, rows, dim; /* length: L; dim: a multiple of 8 */
-  int64_t batch_stride, token_stride; /* of the tokens, in elements */
-  float eps;
+  CosmosPoolShape shape;
 };
 
 namespace cosmos {
@@ -274,9 +272,10 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   constexpr int kTiles = kTokens / 32; /* of eight tokens, a warp */
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t sample = blockIdx.x;
-  const int length = static_cast<int>(call.length), rows = static_cast<int>(call.rows);
-  const int dim = static_cast<int>(call.dim), chunks = (dim + kChunk - 1) / kChunk;
-  const uint16_t* tokens = static_cast<const uint16_t*>(call.tokens) + sample * call.batch_stride;
+  const CosmosPoolShape& shape = call.shape;
+  const int length = static_cast<int>(shape.length), rows = static_cast<int>(shape.rows);
+  const int dim = static_cast<int>(shape.dim), chunks = (dim + kChunk - 1) / kChunk;
+  const uint16_t* tokens = static_cast<const uint16_t*>(call.tokens) + sample * shape.batch_stride;
   const uint16_t* queries = static_cast<const uint16_t*>(call.queries) + sample * rows * dim;
   const uint16_t* grads = static_cast<const uint16_t*>(call.grad_attended) + sample * rows * dim;
   const int64_t out = sample * rows * dim;
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   const auto load = [&](int step) { /* chunks of both passes, one after the other */
     if (step < 2 * chunks) {
       const int start = step % chunks * kChunk, stage = step % kStages;
-      load_rows<kTokens>(shared.tokens[stage], tokens + start, call.token_stride, length, dim - start);
+      load_rows<kTokens>(shared.tokens[stage], tokens + start, shape.token_stride, length, dim - start);
       load_rows<kRows>(shared.queries[stage], queries + start, dim, rows, dim - start);
       load_rows<kRows>(shared.grads[stage], grads + start, dim, rows, dim - start);
     }
@@ -316,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   }
   if (thread < kTokens) {
     shared.mean[thread] = moments.mean;
-    shared.rstd[thread] = 1.0f / sqrtf(moments.squares / static_cast<float>(dim) + call.eps);
+    shared.rstd[thread] = 1.0f / sqrtf(moments.squares / static_cast<float>(dim) + shape.eps);
   }
   if (thread >= kThreads - kRows) {
     shared.query_sum[thread % kRows] = row_total;
@@ -345,29 +344,18 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
 }
 
 template <Dtype kType, int kTokens>
-int32_t run_tokens(const CosmosPoolBackward& call, void* stream) {
-  return launch(pool_backward_kernel<kType, kTokens>, call.batch, kThreads, static_cast<int>(sizeof(Shared<kTokens>)),
-                stream, call);
-}
-
-template <Dtype kType>
-int32_t run(const CosmosPoolBackward& call, void* stream) {
-  if (call.length <= 64) return run_tokens<kType, 64>(call, stream);
-  if (call.length <= 128) return run_tokens<kType, 128>(call, stream);
-  return run_tokens<kType, 256>(call, stream);
-}
+struct Backward {
+  static int32_t run(const CosmosPoolBackward& call, void* stream) {
+    return launch(pool_backward_kernel<kType, kTokens>, call.shape.batch, kThreads,
+                  static_cast<int>(sizeof(Shared<kTokens>)), stream, call);
+  }
+};
 
 }  // namespace
 }  // namespace cosmos
 
-/* dtype: 0 for fp16, 1 for bf16. Asynchronous on `stream`, on the current device. Returns COSMOS_OK, COSMOS_BAD_ARGUMENT
- * or a cudaError_t. */
+/* At most 64 rows a sample. dtype: 0 for fp16, 1 for bf16. Asynchronous on `stream`, on the current device. Returns
+ * COSMOS_OK, COSMOS_BAD_ARGUMENT or a cudaError_t. */
 COSMOS_EXPORT int32_t cosmos_pool_backward(const CosmosPoolBackward* call, int32_t dtype, void* stream) {
-  using namespace cosmos;
-  if (call == nullptr || call->batch < 1 || call->batch >= (INT64_C(1) << 31) || call->length < 1 ||
-      call->length > 256 || call->rows < 1 || call->rows > pool::kRows || call->dim < 1 || call->dim % 8 != 0 ||
-      call->dim > (1 << 20) || call->batch_stride % 8 != 0 || call->token_stride % 8 != 0 || dtype < 0 || dtype > 1)
-    return COSMOS_BAD_ARGUMENT;
-  return static_cast<Dtype>(dtype) == Dtype::kHalf ? run<Dtype::kHalf>(*call, stream)
-                                                   : run<Dtype::kBfloat16>(*call, stream);
+  return cosmos::pool::run<cosmos::Backward>(call, dtype, cosmos::pool::kRows, stream);
 }

@@ -9,18 +9,16 @@
  *
  * Axes: B batch, L tokens (at most 256), M rows of a sample, D embedding.
  */
-#include "launch.h"
+#include "pool_call.h"
 #include "pool_tile.h"
 
-/* Device pointers; all but the tokens contiguous. Everything aligned to 16 bytes, strides multiples of 8 elements. */
+/* Device pointers. */
 struct CosmosPoolForward {
   const void* tokens;  /* [batch, tokens, dim] of the call's 16-bit type */
   const void* queries; /* [batch, rows, dim] */
   void* attended;      /* [batch, rows, dim], written */
   float* lse;          /* [batch, rows], written: natural logarithm */
-  int64_t batch, length, rows, dim; /* length: L; dim: a multiple of 8 */
-  int64_t batch_stride, token_stride; /* of the tokens, in elements */
-  float eps;
+  CosmosPoolShape shape;
 };
 
 namespace cosmos {
@@ -144,19 +142,20 @@ __global__ void __launch_bounds__(kThreads, kTokens > 128 ? 1 : 2) pool_forward_
   constexpr int kStages = Shared<kTokens>::kStages;
   constexpr int kTiles = kTokens / 32; /* of eight tokens, a warp */
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t row_blocks = (call.rows + kRows - 1) / kRows;
+  const CosmosPoolShape& shape = call.shape;
+  const int64_t row_blocks = (shape.rows + kRows - 1) / kRows;
   const int64_t sample = blockIdx.x / row_blocks, first_row = blockIdx.x % row_blocks * kRows;
-  const int rows = static_cast<int>(call.rows - first_row < kRows ? call.rows - first_row : kRows);
-  const int length = static_cast<int>(call.length), dim = static_cast<int>(call.dim);
-  const uint16_t* tokens = static_cast<const uint16_t*>(call.tokens) + sample * call.batch_stride;
-  const uint16_t* queries = static_cast<const uint16_t*>(call.queries) + (sample * call.rows + first_row) * dim;
-  uint16_t* attended = static_cast<uint16_t*>(call.attended) + (sample * call.rows + first_row) * dim;
+  const int rows = static_cast<int>(shape.rows - first_row < kRows ? shape.rows - first_row : kRows);
+  const int length = static_cast<int>(shape.length), dim = static_cast<int>(shape.dim);
+  const uint16_t* tokens = static_cast<const uint16_t*>(call.tokens) + sample * shape.batch_stride;
+  const uint16_t* queries = static_cast<const uint16_t*>(call.queries) + (sample * shape.rows + first_row) * dim;
+  uint16_t* attended = static_cast<uint16_t*>(call.attended) + (sample * shape.rows + first_row) * dim;
   const int chunks = (dim + kChunk - 1) / kChunk;
 
   const auto load = [&](int step) { /* steps 0 .. chunks - 1: for the scores, chunks .. 2 chunks - 1: for Z */
     if (step < 2 * chunks) {
       const int start = step % chunks * kChunk, stage = step % kStages;
-      load_rows<kTokens>(shared.tokens[stage], tokens + start, call.token_stride, length, dim - start);
+      load_rows<kTokens>(shared.tokens[stage], tokens + start, shape.token_stride, length, dim - start);
       if (step < chunks) load_rows<kRows>(shared.queries[stage], queries + start, dim, rows, dim - start);
     }
     commit_copies();
@@ -181,12 +180,12 @@ __global__ void __launch_bounds__(kThreads, kTokens > 128 ? 1 : 2) pool_forward_
   }
   if (thread < kTokens) {
     shared.mean[thread] = moments.mean;
-    shared.rstd[thread] = 1.0f / sqrtf(moments.squares / static_cast<float>(dim) + call.eps);
+    shared.rstd[thread] = 1.0f / sqrtf(moments.squares / static_cast<float>(dim) + shape.eps);
   }
   if (thread >= kThreads - kRows) shared.query_sum[thread - (kThreads - kRows)] = query_sum;
   __syncthreads();
   const RowFactors factors =
-      softmax<kType, kTokens, kTiles>(scores, shared, length, rows, call.lse + sample * call.rows + first_row);
+      softmax<kType, kTokens, kTiles>(scores, shared, length, rows, call.lse + sample * shape.rows + first_row);
   for (int step = chunks; step < 2 * chunks; ++step) {
     await(step);
     const int start = (step - chunks) * kChunk;
@@ -197,18 +196,13 @@ __global__ void __launch_bounds__(kThreads, kTokens > 128 ? 1 : 2) pool_forward_
 }
 
 template <Dtype kType, int kTokens>
-int32_t run_tokens(const CosmosPoolForward& call, void* stream) {
-  const int64_t blocks = call.batch * ((call.rows + kRows - 1) / kRows);
-  return launch(pool_forward_kernel<kType, kTokens>, blocks, kThreads, static_cast<int>(sizeof(Shared<kTokens>)),
-                stream, call);
-}
-
-template <Dtype kType>
-int32_t run(const CosmosPoolForward& call, void* stream) {
-  if (call.length <= 64) return run_tokens<kType, 64>(call, stream);
-  if (call.length <= 128) return run_tokens<kType, 128>(call, stream);
-  return run_tokens<kType, 256>(call, stream);
-}
+struct Forward {
+  static int32_t run(const CosmosPoolForward& call, void* stream) {
+    const int64_t blocks = call.shape.batch * ((call.shape.rows + kRows - 1) / kRows);
+    return launch(pool_forward_kernel<kType, kTokens>, blocks, kThreads, static_cast<int>(sizeof(Shared<kTokens>)),
+                  stream, call);
+  }
+};
 
 }  // namespace
 }  // namespace cosmos
@@ -216,11 +210,5 @@ int32_t run(const CosmosPoolForward& call, void* stream) {
 /* dtype: 0 for fp16, 1 for bf16. Asynchronous on `stream`, on the current device. Returns COSMOS_OK, COSMOS_BAD_ARGUMENT
  * or a cudaError_t. */
 COSMOS_EXPORT int32_t cosmos_pool_forward(const CosmosPoolForward* call, int32_t dtype, void* stream) {
-  using namespace cosmos;
-  if (call == nullptr || call->batch < 1 || call->length < 1 || call->length > 256 || call->rows < 1 ||
-      call->dim < 1 || call->dim % 8 != 0 || call->dim > (1 << 20) || call->batch_stride % 8 != 0 ||
-      call->token_stride % 8 != 0 || call->batch * call->rows >= (INT64_C(1) << 31) || dtype < 0 || dtype > 1)
-    return COSMOS_BAD_ARGUMENT;
-  return static_cast<Dtype>(dtype) == Dtype::kHalf ? run<Dtype::kHalf>(*call, stream)
-                                                   : run<Dtype::kBfloat16>(*call, stream);
+  return cosmos::pool::run<cosmos::Forward>(call, dtype, INT64_MAX, stream);
 }

@@ -120,16 +120,12 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
     return triton_support.why_not_on(*tensors) or _plain_on(tensors[0].device.type, *tensors)
 
 
-def _no_cuda() -> str | None:
-    return "no CUDA device" if not torch.cuda.is_available() else native.why_missing("cuda")
-
-
 def _no_native() -> str | None:
     return native.why_missing("cpu")
 
 
 def _cuda(op: str, run: Callable, summary: str) -> Backend:
-    return Backend(op, "cuda", run, summary, _no_cuda, _why_not_cuda)
+    return Backend(op, "cuda", run, summary, native.why_no_gpu, _why_not_cuda)
 
 
 def _native(op: str, run: Callable, summary: str) -> Backend:

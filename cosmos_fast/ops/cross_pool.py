@@ -76,7 +76,8 @@ def cross_attention_pool(
     Args:
         tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, bf16 or fp16.
         queries_BVD: [B, V, D] un-normalised features, one a view; fp64 with fp64 tokens, else any of the others.
-        weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others.
+        weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others. The key bias cancels: it is not
+            read, and its gradient is zero.
         backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle, which repeats keys and values for
             every view).
 
@@ -205,6 +206,8 @@ def _check_arguments(tokens_BLD: Tensor, queries_BVD: Tensor, weights: PoolWeigh
     for label, tensor in (("tokens_BLD", tokens_BLD), ("queries_BVD", queries_BVD)):
         if tensor.dim() != 3 or 0 in tensor.shape:
             raise ValueError(f"{OP}: {label} has shape {tuple(tensor.shape)}, expected non-empty [B, L or V, D]")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{OP}: {label} has dtype {tensor.dtype}, expected a floating-point dtype")
     batch, _, dim = queries_BVD.shape
     if tokens_BLD.shape[0] != batch or tokens_BLD.shape[2] != dim:
         raise ValueError(f"{OP}: tokens_BLD has shape {tuple(tokens_BLD.shape)}, expected [{batch}, L, {dim}]")
@@ -231,7 +234,7 @@ register(
         "triton",
         load=partial(import_module, "cosmos_kernels.pool_triton"),
         summary="bf16 and fp16 tokens, at most 256 a sample; LayerNorm applied to the scores",
-        why_unavailable=triton_support.why_missing,
+        why_unavailable=triton_support.why_missing_on_blackwell,
         why_unsupported=pool_parts.why_unsupported,
     ),
     Backend(
@@ -239,7 +242,7 @@ register(
         "cuda",
         pool_cuda,
         summary="CUDA C++ for fp16 and bf16 tokens, at most 256 a sample; forward and backward in one launch each",
-        why_unavailable=lambda: native.why_missing("cuda") or (None if torch.cuda.is_available() else "no CUDA device"),
+        why_unavailable=native.why_no_gpu,
         why_unsupported=pool_cuda.why_unsupported,
         automatic=False,  # until it has been measured against the other
     ),

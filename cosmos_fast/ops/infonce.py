@@ -83,8 +83,10 @@ def multiview_infonce(
         ValueError: shapes, dtypes, devices or an offset that do not fit together, or a backend that cannot run.
     """
     parts = [a_VBD] if isinstance(a_VBD, Tensor) else list(a_VBD)
-    check_arguments(parts, b_VBD, scale, offset, group)
+    check_arguments(parts, b_VBD, scale, offset, operand_dtype, group)
     if backend == "eager":
+        if operand_dtype is not None:
+            parts, b_VBD = [_rounded(part, operand_dtype) for part in parts], _rounded(b_VBD, operand_dtype)
         return _run_eager(parts, b_VBD, scale, offset, group)
     if b_VBD.shape[1] == parts[0].shape[1] and _rather_columns(parts, b_VBD):
         parts, b_VBD = [b_VBD], parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -108,7 +110,8 @@ def _rather_columns(parts: list[Tensor], b_VBD: Tensor) -> bool:
 def _log_sum_exps(
     rows: Tensor, columns: Tensor, scale: Tensor, offset: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return stages_for(OP, backend, rows, columns).log_sum_exps(rows, columns, scale, offset)
+    with torch.autocast(rows.device.type, enabled=False):
+        return stages_for(OP, backend, rows, columns).log_sum_exps(rows, columns, scale, offset)
 
 
 @_log_sum_exps.register_fake
@@ -131,7 +134,8 @@ def _feature_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     run = stages_for(OP, backend, rows, columns).feature_gradients
-    return run(rows, columns, scale, row_lse, col_lse, offset, want_columns)
+    with torch.autocast(rows.device.type, enabled=False):
+        return run(rows, columns, scale, row_lse, col_lse, offset, want_columns)
 
 
 @_feature_gradients.register_fake
@@ -218,6 +222,12 @@ def _inner_product(grad_VBD: Tensor, features_VBD: Tensor) -> Tensor:
     return torch.stack([torch.sum(grad * view) for grad, view in zip(grad_VBD, features_VBD, strict=True)]).sum()
 
 
+def _rounded(features_VBD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values that `dtype` holds, in the dtype of the sums, with the gradient of the identity."""
+    features_VBD = features_VBD.to(compute_dtype(features_VBD.dtype))
+    return features_VBD.detach().to(dtype).to(features_VBD.dtype) + (features_VBD - features_VBD.detach())
+
+
 def _run_eager(
     parts: list[Tensor], b_VBD: Tensor, scale: Tensor, offset: int, group: dist.ProcessGroup | None
 ) -> Tensor:
@@ -257,7 +267,7 @@ register(
         "triton",
         load=partial(import_module, "cosmos_kernels.infonce_triton"),
         summary="one product for both directions; gradients by the library's products from the L2 cache",
-        why_unavailable=triton_support.why_missing,
+        why_unavailable=triton_support.why_missing_on_blackwell,
         why_unsupported=_why_not_triton,
     ),
     Backend(
@@ -265,7 +275,7 @@ register(
         "cuda",
         infonce_cuda,
         summary="Triton's forward, and a backward in CUDA C++ for fp16 and bf16 features",
-        why_unavailable=lambda: native.why_missing("cuda") or triton_support.why_missing(),
+        why_unavailable=lambda: native.why_no_gpu() or triton_support.why_missing_on_blackwell(),
         why_unsupported=_why_not_cuda,
     ),
     Backend(OP, "tiled", infonce_tiled, "PyTorch, tile by tile; no logits stored"),

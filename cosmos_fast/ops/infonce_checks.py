@@ -5,6 +5,7 @@ Axes: V views, B batch, D embedding.
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -12,7 +13,12 @@ OP = "multiview_infonce"
 
 
 def check_arguments(
-    parts: list[Tensor], b_VBD: Tensor, scale: Tensor, offset: int, group: dist.ProcessGroup | None
+    parts: list[Tensor],
+    b_VBD: Tensor,
+    scale: Tensor,
+    offset: int,
+    operand_dtype: torch.dtype | None,
+    group: dist.ProcessGroup | None,
 ) -> None:
     """Refuse what does not fit together: a ValueError naming the argument, its shape, and what was expected."""
     labels = ["a_VBD"] if len(parts) == 1 else [f"a_VBD[{i}]" for i in range(len(parts))]
@@ -42,6 +48,8 @@ def check_arguments(
         raise ValueError(f"{OP}: scale has shape {tuple(scale.shape)}, expected a scalar tensor")
     if not scale.is_floating_point() or scale.device != first.device:
         raise ValueError(f"{OP}: scale is {scale.dtype} on {scale.device}, expected a float on {first.device}")
+    if operand_dtype is not None and not operand_dtype.is_floating_point:
+        raise ValueError(f"{OP}: operand_dtype is {operand_dtype}, expected a floating-point dtype")
     most = b_VBD.shape[1] - batch
     if not 0 <= offset <= most:
         raise ValueError(

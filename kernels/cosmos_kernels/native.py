@@ -18,7 +18,7 @@ from typing import Any
 import torch  # before the libraries: they then share the OpenMP runtime, and its threads, with torch
 from torch import Tensor
 
-ABI_VERSION = 5  # COSMOS_ABI_VERSION of csrc/cosmos.h
+ABI_VERSION = 6  # COSMOS_ABI_VERSION of csrc/cosmos.h
 LIBRARY_DIR = Path(__file__).parent / "_lib"
 LIBRARIES = {"cpu": "libcosmos_cpu.so", "cuda": "libcosmos_cuda.so"}
 _MEND = "reinstall with `pip install -e .`"
@@ -58,6 +58,29 @@ def why_missing(kind: str) -> str | None:
     """None where the library ("cpu" or "cuda") is loaded, else why it is not."""
     found = _load(kind)
     return found if isinstance(found, str) else None
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """None where the CUDA library is loaded and holds code for this machine's GPU, else why its kernels cannot run."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    reason = why_missing("cuda")
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability()
+    held = cuda_architectures()
+    # Code for 8.0 runs on 8.6; from 9.0 on it uses what one capability alone has (sm_90a).
+    if any(arch == (major, minor) or (arch[0] == major < 9 and arch[1] <= minor) for arch in held):
+        return None
+    names = " and ".join(f"{arch[0]}.{arch[1]}" for arch in held)
+    return f"compute capability {major}.{minor}, {LIBRARIES['cuda']} has code for {names}"
+
+
+def cuda_architectures() -> list[tuple[int, int]]:
+    """Compute capabilities that the loaded CUDA library has machine code for."""
+    text = function("cuda", "cosmos_cuda_architectures", [], ctypes.c_char_p)().decode()
+    return [divmod(int(number) // 10, 10) for number in text.split(",")]
 
 
 def function(kind: str, name: str, argtypes: Sequence[Any], restype: Any) -> Callable[..., Any]:

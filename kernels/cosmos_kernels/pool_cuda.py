@@ -26,13 +26,21 @@ LAYER_NORM_EPS = 1e-5
 ALIGNMENT = 8  # elements: rows begin at multiples of 16 bytes
 
 
+class _Shape(ctypes.Structure):
+    """CosmosPoolShape."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "length", "rows", "dim", "batch_stride", "token_stride")),
+        ("eps", ctypes.c_float),
+    )
+
+
 class _Forward(ctypes.Structure):
     """CosmosPoolForward."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "queries", "attended", "lse")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "rows", "dim", "batch_stride", "token_stride")),
-        ("eps", ctypes.c_float),
+        ("shape", _Shape),
     )
 
 
@@ -42,8 +50,7 @@ class _Backward(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "queries", "grad_attended", "lse")),
         *((name, ctypes.c_void_p) for name in ("attended", "grad_queries", "grad_tokens")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "rows", "dim", "batch_stride", "token_stride")),
-        ("eps", ctypes.c_float),
+        ("shape", _Shape),
     )
 
 
@@ -75,13 +82,12 @@ def attend(tokens_BLD: Tensor, queries_BMD: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: the library is missing, or CUDA reports an error.
     """
-    (batch, length, dim), rows = tokens_BLD.shape, queries_BMD.shape[1]
+    batch, rows, _ = queries_BMD.shape
     tokens_BLD, queries_BMD = _readable(tokens_BLD.detach()), _readable(queries_BMD.detach().contiguous())
     attended_BMD = torch.empty_like(queries_BMD)
     lse_BM = torch.empty((batch, rows), dtype=torch.float32, device=queries_BMD.device)
     tensors = (tokens_BLD, queries_BMD, attended_BMD, lse_BM)
-    sizes = (batch, length, rows, dim, *tokens_BLD.stride()[:2])
-    call = _Forward(*(tensor.data_ptr() for tensor in tensors), *sizes, LAYER_NORM_EPS)
+    call = _Forward(*(tensor.data_ptr() for tensor in tensors), _shape(tokens_BLD, rows))
     native.run_on_stream(
         native.function("cuda", "cosmos_pool_forward", _FORWARD_ARGUMENTS, ctypes.c_int32),
         tokens_BLD,
@@ -120,16 +126,14 @@ def _attend_backward(
     tokens_BLD: Tensor, queries_BMD: Tensor, lse_BM: Tensor, grad_attended_BMD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for at most MAX_ROWS rows a sample."""
-    (batch, length, dim), rows = tokens_BLD.shape, queries_BMD.shape[1]
     tokens_BLD, queries_BMD, grad_attended_BMD = (
         _readable(x.detach()) for x in (tokens_BLD, queries_BMD.contiguous(), grad_attended_BMD.contiguous())
     )
     lse_BM = lse_BM.detach().contiguous()
     made = (torch.empty_like(queries_BMD), torch.empty_like(queries_BMD))
-    grad_tokens_BLD = torch.empty((batch, length, dim), dtype=tokens_BLD.dtype, device=tokens_BLD.device)
+    grad_tokens_BLD = torch.empty(tuple(tokens_BLD.shape), dtype=tokens_BLD.dtype, device=tokens_BLD.device)
     tensors = (tokens_BLD, queries_BMD, grad_attended_BMD, lse_BM, *made, grad_tokens_BLD)
-    sizes = (batch, length, rows, dim, *tokens_BLD.stride()[:2])
-    call = _Backward(*(tensor.data_ptr() for tensor in tensors), *sizes, LAYER_NORM_EPS)
+    call = _Backward(*(tensor.data_ptr() for tensor in tensors), _shape(tokens_BLD, queries_BMD.shape[1]))
     native.run_on_stream(
         native.function("cuda", "cosmos_pool_backward", _BACKWARD_ARGUMENTS, ctypes.c_int32),
         tokens_BLD,
@@ -137,6 +141,11 @@ def _attend_backward(
         DTYPES[tokens_BLD.dtype],
     )
     return *made, grad_tokens_BLD
+
+
+def _shape(tokens_BLD: Tensor, rows: int) -> _Shape:
+    batch, length, dim = tokens_BLD.shape
+    return _Shape(batch, length, rows, dim, *tokens_BLD.stride()[:2], LAYER_NORM_EPS)
 
 
 def _readable(x_BND: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -22,8 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_kernels.kernel_errors import compiling
+
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
+BLACKWELL, BLACKWELL_TRITON = 10, (3, 9)  # major compute capability, and the first Triton known to compile all for it
 ARCHITECTURES = (80, 90, 100)  # compute capability times ten: A100, H100/H200, B200
 
 # As Triton reads the variable; it looks when a kernel is decorated, hence at the import of the module that holds it.
@@ -71,7 +75,32 @@ def why_missing() -> str | None:
         return f"triton does not import: {type(error).__name__}: {error}"
     if _release(triton.__version__) < MIN_TRITON:
         return f"triton {triton.__version__} is too old, it needs {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer"
-    return None
+    return None if INTERPRETED else _why_no_compiler()
+
+
+def _why_no_compiler() -> str | None:
+    """Triton builds the host side of its kernels at the first launch, with what it finds here."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "no C compiler to build the host side of its kernels (gcc or clang; CC names another one)"
+
+
+@functools.cache
+def why_missing_on_blackwell() -> str | None:
+    """`why_missing`, for kernels that not every Triton from MIN_TRITON on compiles for compute capability 10.
+
+    Triton 3.6 fails there on some of the products whose results stay in registers (docs/kernel_resources.md); it would
+    show at the first launch, in the middle of a step.
+    """
+    reason = why_missing()
+    if reason is not None or INTERPRETED or torch.cuda.get_device_capability()[0] != BLACKWELL:
+        return reason
+    import triton
+
+    if _release(triton.__version__) >= BLACKWELL_TRITON:
+        return None
+    wanted = "{}.{}".format(*BLACKWELL_TRITON)
+    return f"triton {triton.__version__} does not compile it for compute capability 10, it needs {wanted} or newer"
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -95,6 +124,13 @@ def upcast(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype == torch.bfloat16
 
 
-def launch_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Makes the tensor's device current while a kernel is launched: Triton launches on the current one."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+@contextmanager
+def launch_device(tensor: Tensor) -> Iterator[None]:
+    """Makes the tensor's device current while a kernel is launched: Triton launches on the current one.
+
+    Raises:
+        KernelError: Triton cannot make the kernel for this device.
+    """
+    current = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+    with current, nullcontext() if INTERPRETED else compiling(tensor.device):
+        yield

@@ -10,7 +10,7 @@ from cosmos_kernels import native
 from cosmos_kernels.adamw_ema_native import adamw_ema_cuda_, grad_norm_cuda
 from tests.kernels import adamw_ema_cases as cases
 
-WHY_NOT = "no CUDA device" if not torch.cuda.is_available() else native.why_missing("cuda")
+WHY_NOT = native.why_no_gpu()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 HYPER = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.5, "ema_decay": 0.99}

@@ -145,12 +145,16 @@ def test_a_sequence_stands_for_its_concatenation():
     torch.testing.assert_close(actual, expected)
 
 
-def test_operands_may_be_rounded_and_gradients_keep_their_dtype():
+@pytest.mark.parametrize("backend", ["tiled", "eager"])
+def test_operands_may_be_rounded_and_gradients_keep_their_dtype(backend):
     torch.manual_seed(0)
     a, b, scale = _features(2, 9, 8, torch.float32), _features(3, 9, 8, torch.float32), torch.tensor(12.0)
     rounded = [x.detach().half().double().requires_grad_() for x in (a, b)]
     truth = _value_and_gradients(lambda *x: reference.multiview_infonce(*x, scale.double()), *rounded)
-    found = _value_and_gradients(lambda *x: multiview_infonce(*x, scale, operand_dtype=torch.float16), a, b)
+    rounding = {"operand_dtype": torch.float16, "backend": backend}
+    found = _value_and_gradients(lambda *x: multiview_infonce(*x, scale, **rounding), a, b)
+    exact = multiview_infonce(a, b, scale, backend=backend)
+    assert not torch.equal(found[0], exact)
     assert {tensor.dtype for tensor in found} == {torch.float32}
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-7, check_dtype=False)
 
@@ -175,15 +179,6 @@ def test_identical_features_give_log_of_the_batch():
     same = F.normalize(torch.ones(2, 7, 4), dim=-1)
     loss = multiview_infonce(same, same, torch.tensor(100.0))
     torch.testing.assert_close(loss, torch.tensor(7.0).log(), rtol=1e-5, atol=1e-5)
-
-
-def test_nan_in_gives_nan_out():
-    a, b = _features(2, 4, 3, torch.float32), _features(2, 4, 3, torch.float32).detach()
-    b[0, 0, 0] = float("nan")
-    loss = multiview_infonce(a, b, torch.tensor(10.0))
-    loss.backward()
-    assert loss.isnan()
-    assert a.grad.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -213,9 +208,3 @@ def test_an_offset_outside_the_columns_is_refused(offset, columns):
     a, b = torch.randn(2, 4, 3), torch.randn(2, columns, 3)
     with pytest.raises(ValueError, match=rf"offset is {offset}, expected 0 to {columns - 4}: b_VBD has {columns} col"):
         multiview_infonce(a, b, torch.tensor(1.0), offset=offset)
-
-
-def test_unknown_backend_is_refused():
-    a = torch.randn(2, 4, 3)
-    with pytest.raises(ValueError, match="unknown backend 'fast'; choose one of auto, triton, cuda, tiled, eager"):
-        multiview_infonce(a, a, torch.tensor(1.0), backend="fast")

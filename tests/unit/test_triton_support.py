@@ -8,7 +8,10 @@ import sys
 import pytest
 import torch
 
-from cosmos_kernels import triton_support
+import cosmos_fast.ops  # noqa: F401
+from cosmos_fast.ops.backends import resolve
+from cosmos_kernels import native, triton_support
+from tests.kernels import resources
 
 
 @pytest.fixture
@@ -19,10 +22,15 @@ def machine(monkeypatch):
         monkeypatch.setattr(triton_support, "INTERPRETED", interpreted)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+        forget()
+
+    def forget():
         triton_support.why_missing.cache_clear()
+        triton_support.why_missing_on_blackwell.cache_clear()
+        native.why_no_gpu.cache_clear()
 
     yield pretend
-    triton_support.why_missing.cache_clear()
+    forget()
 
 
 def test_a_machine_without_gpu_says_so(machine):
@@ -60,6 +68,54 @@ def test_triton_that_is_old_or_broken(machine, fake_triton):
     machine((9, 0), interpreted=False)
     fake_triton("__version__ = '3.6.0'")
     assert triton_support.why_missing() is None
+
+
+TOO_OLD = "triton 3.6.0 does not compile it for compute capability 10, it needs 3.9 or newer"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((10, 0), "3.6.0", TOO_OLD),
+        ((10, 3), "3.6.0", TOO_OLD),
+        ((10, 0), "3.9.0", None),
+        ((10, 0), "3.10.1", None),
+        ((9, 0), "3.6.0", None),
+        ((12, 0), "3.6.0", None),
+        ((7, 5), "3.6.0", "compute capability 7.5, it needs 8.0 or newer"),
+    ],
+)
+def test_blackwell_needs_a_newer_triton_for_some_kernels(machine, fake_triton, capability, version, reason):
+    machine(capability, interpreted=False)
+    fake_triton(f"__version__ = '{version}'")
+    assert triton_support.why_missing_on_blackwell() == reason
+
+
+def test_operations_whose_kernels_it_fails_to_compile_run_on_another_backend_and_say_so(machine, fake_triton):
+    """On a B200 with Triton 3.6: `auto` passes Triton over, in words; asked for by name it is an error."""
+    machine((10, 0), interpreted=False)
+    fake_triton("__version__ = '3.6.0'")
+    for op in ("multiview_infonce", "cross_attention_pool"):
+        tensors = torch.ones(1, 2, 8, dtype=torch.float16), torch.ones(1, 2, 8, dtype=torch.float16)
+        backend, reason = resolve(op, "auto", *tensors)
+        assert backend.name == "tiled"
+        assert f"triton: {TOO_OLD}" in reason
+        with pytest.raises(ValueError, match=f"{op}: backend 'triton' was asked for but cannot run: {TOO_OLD}"):
+            resolve(op, "triton", *tensors)
+    assert triton_support.why_missing() is None  # what it does compile, it runs
+
+
+def test_every_kernel_that_some_triton_fails_to_compile_belongs_to_such_an_operation():
+    failed = {
+        (row["module"], row["arch"], tuple(int(number) for number in part.split()[1].split(".")))
+        for part, rows in resources.load().items()
+        for row in rows
+        if "error" in row
+    }
+    assert {module for module, _, _ in failed} <= {"infonce_triton", "pool_backward_triton"}
+    for _, arch, release in failed:
+        assert arch == 10 * triton_support.BLACKWELL
+        assert release < triton_support.BLACKWELL_TRITON
 
 
 def test_triton_that_is_absent(machine, monkeypatch):
