@@ -76,8 +76,8 @@ def cross_attention_pool(
     Args:
         tokens_BLD: [B, L, D] tokens of each sample; fp64, fp32, bf16 or fp16.
         queries_BVD: [B, V, D] un-normalised features, one a view; fp64 with fp64 tokens, else any of the others.
-        weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others. The key bias cancels: it is not
-            read, and its gradient is zero.
+        weights: the pooling's parameters; fp64 with fp64 tokens, else any of the others. The key bias cancels: it is
+            not read, and its gradient is zero.
         backend: "auto", "tiled" (PyTorch), "triton", "cuda", or "eager" (the oracle, which repeats keys and values for
             every view).
 
