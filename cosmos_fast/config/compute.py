@@ -7,7 +7,7 @@ from typing import Literal
 
 from cosmos_fast.config.checks import require, require_choice
 
-ATTENTION = ("auto", "sdpa", "varlen", "flash", "xformers", "triton")
+ATTENTION = ("auto", "sdpa", "native", "varlen", "flash", "xformers", "triton")
 CHECKPOINTS = ("none", "mlp", "blocks")
 
 
@@ -22,7 +22,7 @@ class ComputeConfig:
     in 8 bits, through fp8_backend ("te" is TransformerEngine).
     """
 
-    attention: Literal["auto", "sdpa", "varlen", "flash", "xformers", "triton"] = "auto"
+    attention: Literal["auto", "sdpa", "native", "varlen", "flash", "xformers", "triton"] = "auto"
     compile: bool = False
     checkpoint_activations: Literal["none", "mlp", "blocks"] = "none"
     cuda_graphs: bool = False
@@ -41,6 +41,11 @@ class ComputeConfig:
         require(
             not (self.compile and self.layer_norm != "torch"),
             "compute.compile=true makes layer norms of its own: set compute.layer_norm=torch, or compute.compile=false",
+        )
+        require(
+            not (self.layer_norm == "triton" and self.checkpoint_activations == "mlp"),
+            "compute.checkpoint_activations=mlp makes the norm that compute.layer_norm=triton fuses anew: set "
+            "compute.layer_norm=torch, or compute.checkpoint_activations to none or blocks",
         )
         require(
             self.linear == "fp8" or self.fp8_backend == "auto",

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops import attention_flash, attention_limits, attention_sdpa, attention_varlen, attention_xformers
+from cosmos_fast.ops import attention_native as by_native
 from cosmos_fast.ops import attention_triton as by_triton
 from cosmos_fast.ops.attention_checks import OP, check_inputs
 from cosmos_fast.ops.attention_sequences import Sequences
 from cosmos_fast.ops.backends import Backend, choose, register, stages_for
 from cosmos_fast.utils.errors import UserError
-from cosmos_kernels import attention_parts, triton_support
+from cosmos_kernels import attention_native, attention_parts, triton_support
 
 __all__ = ["OP", "Sequences", "choose_attention", "packed_attention", "takes_any_length"]
 
@@ -40,7 +41,7 @@ def packed_attention(
         k_SHd, v_SHd: [S, H, d] keys and values, of the same dtype and device.
         sequences: which rows belong together.
         causal: query i of n sees the first m - n + i + 1 of m keys only.
-        backend: "auto", "flash", "varlen", "xformers", "triton" or "sdpa".
+        backend: "auto", "flash", "varlen", "xformers", "triton", "native" or "sdpa".
 
     Returns:
         [T, H, d] in the dtype of the queries.
@@ -132,6 +133,14 @@ register(
         why_unavailable=triton_support.why_missing,
         why_unsupported=_why_not_triton,
         automatic=False,  # until it has been measured against the others
+    ),
+    Backend(
+        OP,
+        "native",
+        by_native,
+        "C++ on the CPU, heads whole and fused; fp32, sequences of at most 512 tokens",
+        why_unavailable=attention_native.why_missing,
+        why_unsupported=attention_native.why_unsupported,
     ),
     Backend(OP, "sdpa", attention_sdpa, "PyTorch, one call a group of equal lengths; runs everywhere"),
 )
