@@ -49,8 +49,12 @@ def examine() -> dict[str, Any]:
 
 def _native_row(kind: str) -> dict[str, str]:
     reason = native.why_missing(kind)
-    note = reason or (native.cpu_features() if kind == "cpu" else "compiled code for sm_80 and sm_90a")
+    note = reason or (native.cpu_features() if kind == "cpu" else _gpus_of_the_library())
     return {"library": kind, "status": "absent" if reason else "loaded", "note": note}
+
+
+def _gpus_of_the_library() -> str:
+    return f"compute capability {' and '.join('{}.{}'.format(*held) for held in native.cuda_architectures())}"
 
 
 def _backend_table() -> tuple[list[dict[str, str]], list[str]]:
