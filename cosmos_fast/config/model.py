@@ -76,10 +76,14 @@ class ModelConfig:
     @classmethod
     def from_openclip(cls, openclip: Mapping[str, Any]) -> ModelConfig:
         """Read an OpenCLIP model dict (`embed_dim`, `vision_cfg`, `text_cfg`; ours adds `crossmodal`, `pool_heads`)."""
+        require(isinstance(openclip, Mapping), f"model: expected a dict, not a {type(openclip).__name__}")
         known = {"embed_dim", "vision_cfg", "text_cfg", "crossmodal", "pool_heads"}
         _refuse_unknown("model", openclip, known)
         for key in ("embed_dim", "vision_cfg", "text_cfg"):
             require(key in openclip, f"model: {key!r} is missing from the OpenCLIP dict")
+        for key in ("embed_dim", "pool_heads"):
+            value = openclip.get(key, 1)
+            require(type(value) is int, f"model: {key} must be a whole number, not {value!r}")
         return cls(
             embed_dim=openclip["embed_dim"],
             vision=VisionConfig(**_whole_numbers(openclip, "vision_cfg", VisionConfig)),

@@ -39,8 +39,8 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
         raise UserError(f"weights is {weights!r}: choose 'teacher' or 'student'")
     file = find_weights_file(Path(path), weights)
     state_dict, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, weights)
-    model = CosmosModel(config or infer_config(state_dict))
     try:
+        model = CosmosModel(config or infer_config(state_dict))
         model.load_reference_state_dict(state_dict)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
@@ -76,7 +76,12 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None
         raise UserError(f"{file} is damaged or no safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
         return strip_module_prefix(tensors), None
-    return tensors, ModelConfig.from_openclip(json.loads(metadata["model"]))
+    try:
+        return tensors, ModelConfig.from_openclip(json.loads(metadata["model"]))
+    except (KeyError, json.JSONDecodeError):
+        raise UserError(f"{file} does not say what model its weights are of: it is damaged") from None
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None]:
@@ -98,9 +103,16 @@ def _select(content: Any, weights: WeightsOf, file: Path) -> Mapping[str, Tensor
         raise UserError(f"{file} holds a {type(content).__name__}, expected a dict of weights")
     for key in (weights, "state_dict"):
         if isinstance(content.get(key), Mapping):
-            return content[key]
+            return _tensors(content[key], file)
     if "student" in content or "teacher" in content:
         raise UserError(f"{file} holds no {weights} weights (keys: {', '.join(map(str, list(content)[:6]))})")
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        return content
+        return _tensors(content, file)
     raise UserError(f"{file} holds no weights (keys: {', '.join(map(str, list(content)[:6])) or 'none'})")
+
+
+def _tensors(named: Mapping[Any, Any], file: Path) -> Mapping[str, Tensor]:
+    for name, value in named.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise UserError(f"{file}: {name!r} among the weights is a {type(value).__name__}, expected a tensor")
+    return named

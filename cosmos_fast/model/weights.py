@@ -49,6 +49,10 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
     absent = [name for name in needed if name not in state_dict]
     if absent:
         raise UserError(f"not the weights of a CLIP or COSMOS model: {', '.join(absent)} missing")
+    misshapen = [name for name in needed if state_dict[name].dim() != (4 if "conv1" in name else 2)]
+    if misshapen:
+        shapes = ", ".join(f"{name} is {tuple(state_dict[name].shape)}" for name in misshapen)
+        raise UserError(f"not the weights of a CLIP or COSMOS model: {shapes}")
     conv, positions = state_dict["visual.conv1.weight"], state_dict["visual.positional_embedding"]
     width, _, patch, _ = conv.shape
     grid = round((positions.shape[0] - 1) ** 0.5)

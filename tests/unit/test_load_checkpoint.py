@@ -107,6 +107,29 @@ def test_damaged_files_are_told_in_one_line(tmp_path, pair):
         assert "\n" not in str(caught.value)
 
 
+def test_weights_that_are_none_are_told_in_one_line(tmp_path, pair):
+    weights = pair[0].state_dict()
+    metadata = {"format": FORMAT, "weights": "student"}
+    save_file(weights, tmp_path / "nameless.safetensors", metadata)
+    save_file(weights, tmp_path / "list.safetensors", metadata | {"model": "[1]"})
+    save_file(weights, tmp_path / "cut.safetensors", metadata | {"model": '{"embed_dim":'})
+    torch.save({"student": weights | {"visual.conv1.weight": 3}}, tmp_path / "number.pt")
+    torch.save(weights | {"visual.conv1.weight": torch.zeros(3)}, tmp_path / "flat.pt")
+    torch.save(weights | {"visual.conv1.weight": torch.zeros(5, 3, 16, 16)}, tmp_path / "width.pt")
+    for name, message in (
+        ("nameless.safetensors", "does not say what model its weights are of"),
+        ("cut.safetensors", "does not say what model its weights are of"),
+        ("list.safetensors", "expected a dict, not a list"),
+        ("number.pt", "'visual.conv1.weight' among the weights is a int, expected a tensor"),
+        ("flat.pt", r"visual.conv1.weight is \(3,\)"),
+        ("width.pt", "model.vision.width=5 is not a multiple of"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            load_checkpoint(tmp_path / name, weights="student")
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_is_missing_is_named(tmp_path, pair):
     with pytest.raises(UserError, match=r"nowhere\.pt does not exist"):
         load_checkpoint(tmp_path / "nowhere.pt")

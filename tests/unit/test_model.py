@@ -240,6 +240,11 @@ def test_create_model_takes_names_dicts_files_and_configs(tmp_path):
         create_model("ViT-X")
     with pytest.raises(UserError, match=r"missing\.json does not exist"):
         create_model(tmp_path / "missing.json")
-    path.write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        create_model(path)
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[1]", "expected a dict, not a list"),
+        (json.dumps(as_dict | {"embed_dim": "512"}), "embed_dim must be a whole number, not '512'"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            create_model(path)
