@@ -43,8 +43,12 @@ class FusedLayerNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(normalized_shape)), nn.Parameter(torch.zeros(normalized_shape))
 
     def forward(self, x):
+        """Under autocast in its type, other than torch's, which is fp32 there."""
         calls.append("FusedLayerNorm")
-        return nn.functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            return nn.functional.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
 @pytest.fixture

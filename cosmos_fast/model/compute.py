@@ -67,12 +67,16 @@ def _residual_norm(device: torch.device) -> str:
 
 
 def _use_fused_layer_norm(model: nn.Module, make: Callable[..., nn.Module]) -> None:
-    """Layer norms of the towers by another class, with the same parameters; the poolers have their own arithmetic."""
+    """Layer norms of the towers by another class, with the same parameters.
+
+    The poolers have their own arithmetic. `ln_pre` stays: under autocast apex's norm gives half precision, which is
+    what the products behind all others take, but behind this one is the residual stream.
+    """
     for parent in model.modules():
         if isinstance(parent, CrossAttentionPool):
             continue
         for name, plain in list(parent.named_children()):
-            if type(plain) is nn.LayerNorm:
+            if type(plain) is nn.LayerNorm and name != "ln_pre":
                 fused = make(plain.normalized_shape[0], eps=plain.eps)
                 fused.weight, fused.bias = plain.weight, plain.bias
                 setattr(parent, name, fused)

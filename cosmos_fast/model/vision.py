@@ -66,7 +66,7 @@ class VisionTower(nn.Module):
         layout = crop_layout(
             runs, counts, lengths, bool(keep_patches), self._attention_backend(tokens), tokens[0].device
         )
-        x_TW = self.ln_pre(torch.cat([group.flatten(0, 1) for group in tokens]))
+        x_TW = self._stream(torch.cat([group.flatten(0, 1) for group in tokens]))
         kept_KW = self.transformer(x_TW, layout)
         features_ND = self.ln_post(kept_KW.index_select(0, layout.pooled_in_kept)) @ self.proj
         if not keep_patches:
@@ -81,8 +81,12 @@ class VisionTower(nn.Module):
         backend = self._attention_backend([tokens_NLW])
         layout = crop_layout(((0,),), (count,), (length,), True, backend, tokens_NLW.device)
         run = self.transformer.forward_csa if csa else self.transformer
-        x_NLW = run(self.ln_pre(tokens_NLW.flatten(0, 1)), layout).view(count, length, width)
+        x_NLW = run(self._stream(tokens_NLW.flatten(0, 1)), layout).view(count, length, width)
         return self.ln_post(x_NLW[:, 1:]) @ self.proj
+
+    def _stream(self, tokens_TW: Tensor) -> Tensor:
+        """What the blocks add to: in the precision of the weights, which autocast sees to on a GPU only."""
+        return self.ln_pre(tokens_TW.to(self.ln_pre.weight.dtype))
 
     def _attention_backend(self, groups: list[Tensor]) -> str:
         count = sum(tokens_NLW.shape[0] * tokens_NLW.shape[1] for tokens_NLW in groups)

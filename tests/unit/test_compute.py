@@ -27,8 +27,24 @@ def test_apex_layer_norm_takes_over_the_parameters(nvidia_apex: list[str]) -> No
     found, _ = run(model, batch(0))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    # 3 blocks of two norms in either tower; ln_pre, ln_post for features and patches; ln_final for features and tokens
-    assert nvidia_apex.count("FusedLayerNorm") == 2 * 3 * 2 + 5
+    # 3 blocks of two norms in either tower; ln_post for features and patches; ln_final for features and tokens
+    assert nvidia_apex.count("FusedLayerNorm") == 2 * 3 * 2 + 4
+
+
+@pytest.mark.parametrize("layer_norm", ["torch", "apex", "triton"])
+@pytest.mark.usefixtures("nvidia_apex")
+def test_the_residual_stream_stays_in_fp32_under_autocast(layer_norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' products are in half precision, what they are added to is not."""
+    model = make()
+    monkeypatch.setattr(compute, "choose", lambda op, name, probe: backends.resolve(op, "eager", probe).backend)
+    apply_compute(model, ComputeConfig(layer_norm=layer_norm), CPU)  # type: ignore[arg-type]
+    dtypes: list[torch.dtype] = []
+    for tower in (model.transformer, model.visual.transformer):
+        for block in tower.blocks[:-1]:
+            block.register_forward_hook(lambda block, args, out: dtypes.extend((args[0].dtype, out.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(*batch(0))
+    assert dtypes == [torch.float32] * 8
 
 
 def test_residual_norm_in_one_pass_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

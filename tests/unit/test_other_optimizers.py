@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,22 @@ def test_apex_is_refused_in_one_line_where_it_cannot_be(tmp_path: Path, monkeypa
     monkeypatch.setattr("cosmos_fast.utils.nvidia_apex.why_unusable", lambda name: None)
     with pytest.raises(UserError, match="apex runs on CUDA only, this run is on cpu"):
         make_trainer(tiny_config(tmp_path, "compute.optimizer=apex"))
+
+
+@pytest.mark.parametrize("field", ["optimizer", "layer_norm"])
+def test_an_apex_without_its_cuda_part_is_one_line(field: str, nvidia_apex: list[str], tmp_path, monkeypatch) -> None:
+    """It imports, and raises when an object is made."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("requires cuda extensions")
+
+    module, name = {
+        "optimizer": ("apex.optimizers", "FusedAdam"),
+        "layer_norm": ("apex.normalization", "FusedLayerNorm"),
+    }[field]
+    monkeypatch.setattr(sys.modules[module], name, refuse)
+    with pytest.raises(UserError, match=f"compute.{field}=apex: this apex has no {module}.{name} that works"):
+        make_trainer(tiny_config(tmp_path, f"compute.{field}=apex"))
 
 
 def test_the_apex_of_the_package_index_is_named(tmp_path: Path, monkeypatch) -> None:
