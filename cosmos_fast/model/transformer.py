@@ -64,7 +64,7 @@ class ResidualBlock(nn.Module):
     def finish(self, x_TD: Tensor, mixed_TD: Tensor) -> Tensor:
         """The rest of the block, from its input and what the attention gave."""
         update_TD = self.attn.out_proj(mixed_TD)
-        if self.residual_norm is not None and self.savings.recompute != "mlp":
+        if self.residual_norm is not None:
             weight_D, bias_D, eps = self.ln_2.weight, self.ln_2.bias, self.ln_2.eps
             x_TD, normed_TD = add_layer_norm(x_TD, update_TD, weight_D, bias_D, eps, backend=self.residual_norm)
             return x_TD + self.mlp(normed_TD)
@@ -89,15 +89,13 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of residual blocks.
 
-    attention: backend of its self-attention, "auto" or a name. prune: the last block makes only the rows that are read;
-    without, all of them, for tests.
+    attention: backend of its self-attention, "auto" or a name.
     """
 
     def __init__(self, width: int, layers: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_width = heads, width // heads
         self.attention = "auto"
-        self.prune = True
         self.resblocks = nn.ModuleList(ResidualBlock(width, heads) for _ in range(layers))
 
     @property
@@ -105,12 +103,10 @@ class Transformer(nn.Module):
         return cast("list[ResidualBlock]", list(self.resblocks))
 
     def forward(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:
-        """[T, D] -> [kept rows, D] of the layout."""
+        """[T, D] -> [kept rows, D] of the layout: the last block makes no others."""
         *blocks, last = self.blocks
         for block in blocks:
             x_TD = block(x_TD, layout)
-        if not self.prune:
-            return last(x_TD, layout).index_select(0, layout.kept_rows)
         return last.forward_kept(x_TD, layout)
 
     def forward_csa(self, x_TD: Tensor, layout: PackedLayout) -> Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from cosmos_fast import CosmosLoss, create_model
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
-from cosmos_fast.model import CosmosModel
+from cosmos_fast.loss import ClipLoss
+from cosmos_fast.model import CosmosModel, text
+from cosmos_fast.model.packing import PackedLayout, PackedText, SequenceGroup
 from cosmos_fast.model.transformer import Transformer
+from tests import attention_fakes
+from tests.unpruned import run_every_block_on_every_token
 
 BATCH, CONTEXT = 3, 12
 CONFIG = ModelConfig(
@@ -18,13 +24,15 @@ CONFIG = ModelConfig(
     text=TextConfig(context_length=CONTEXT, vocab_size=50, width=16, heads=2, layers=2),
     pool_heads=4,
 )
+ONE_BLOCK = replace(CONFIG, vision=replace(CONFIG.vision, layers=1), text=replace(CONFIG.text, layers=1))
+CONFIGS = {"cosmos": CONFIG, "clip": replace(CONFIG, crossmodal=False), "one block": ONE_BLOCK}
 SIDES = (32, 32, 16, 16, 16)
 LENGTHS = torch.tensor([[5, 12, 2], [7, 9, 12], [3, 4, 4], [2, 6, 3]])  # captions [V, B], EOT included
 
 
-def make_model(seed: int) -> CosmosModel:
+def make_model(seed: int, config: ModelConfig = CONFIG) -> CosmosModel:
     torch.manual_seed(seed)
-    built = create_model(CONFIG).double()
+    built = create_model(config).double()
     for parameter in built.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))  # biases and norms too
     return built
@@ -40,37 +48,56 @@ def inputs() -> tuple[list[Tensor], Tensor]:
     return images, texts
 
 
-def run_every_block_on_every_token(self, x_TD, layout):
-    """Transformer.forward without pruning."""
-    for block in self.blocks:
-        x_TD = block(x_TD, layout)
-    return x_TD.index_select(0, layout.kept_rows)
+def padded_text(
+    token_ids_NL: Tensor, keep_all: int = 0, *, backend: str = "sdpa", device: torch.device | None = None
+) -> PackedText:
+    """To stand in for pack_text: every caption at full length."""
+    count, length = token_ids_NL.shape
+    eot = token_ids_NL.argmax(dim=1).tolist()
+    sizes = ((keep_all, eot[:keep_all], True), (count - keep_all, eot[keep_all:], False))
+    groups = [SequenceGroup(size, length, tuple(pooled), keep) for size, pooled, keep in sizes if size]
+    layout = PackedLayout.build(groups, causal=True, backend=backend)
+    return PackedText(layout, token_ids_NL.flatten(), torch.arange(length).repeat(count))
 
 
-def outcome(images: list[Tensor], texts: Tensor) -> dict[str, Tensor]:
+def outcome(config: ModelConfig, attention: str, images: list[Tensor], texts: Tensor) -> dict[str, Tensor]:
     """Features of student and teacher, losses, every gradient."""
-    student, teacher_model = make_model(1), make_model(2)
+    student, teacher_model = make_model(1, config), make_model(2, config)
+    for one in (student, teacher_model):
+        one.visual.transformer.attention = one.transformer.attention = attention
     with torch.no_grad():
         teacher = teacher_model.encode_views(images[:2], texts[:2])
     features = student(images, texts)
-    losses = CosmosLoss()(features, teacher)
+    losses = (CosmosLoss() if config.crossmodal else ClipLoss())(features, teacher)
     losses.total.backward()
-    found = {f"student.{name}": value.detach() for name, value in vars(features).items()}
+    found = {f"student.{name}": value.detach() for name, value in vars(features).items() if value is not None}
     found |= {f"teacher.{name}": value for name, value in vars(teacher).items()}
     found |= {"clip": losses.clip.detach(), "distill": losses.distill.detach()}
     for name, parameter in student.named_parameters():
         assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
         found[f"grad.{name}"] = parameter.grad
     return found
 
 
-def test_student_and_teacher_equal_those_that_run_every_block_on_every_token(inputs, monkeypatch):
-    pruned = outcome(*inputs)
-    monkeypatch.setattr(Transformer, "forward", run_every_block_on_every_token)
-    whole = outcome(*inputs)
+@pytest.mark.parametrize("packing", ["rounded", "exact", "padded"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_student_and_teacher_equal_those_that_run_every_block_on_every_token(
+    name: str, packing: str, inputs: tuple[list[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both towers of both models and both poolers; captions packed in groups, each at its own length, or not at all.
+    What they are held against is neither pruned nor packed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "forward", run_every_block_on_every_token)
+        patch.setattr(text, "pack_text", padded_text)
+        whole = outcome(CONFIGS[name], "sdpa", *inputs)
+    if packing == "padded":
+        monkeypatch.setattr(text, "pack_text", padded_text)
+    attention = attention_fakes.use("varlen", monkeypatch) if packing == "exact" else "sdpa"
+    pruned = outcome(CONFIGS[name], attention, *inputs)
     assert pruned.keys() == whole.keys()
-    for name, expected in whole.items():
-        torch.testing.assert_close(pruned[name], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    for key, expected in whole.items():
+        torch.testing.assert_close(pruned[key], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=key: f"{n}: {m}")
 
 
 def test_token_maps_of_view_zero_are_those_of_all_views(inputs):
