@@ -7,8 +7,8 @@ rows and K classes of dense logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows, sweeps
+from benchmarks import parts, rows, sweeps
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.rows import Row
@@ -26,6 +26,7 @@ from cosmos_fast.ops import dense_distillation_cross_entropy, distillation_cross
 VIEWS, DIM = 2, 512
 TEMPERATURES = 0.1, 0.05
 EAGER_BAR, LIGER_BAR = 1 / 3, 1 / 1.3  # dense logits on a GPU
+UNCOMPARED = {"baseline": None, "ratio": None, "bar": None}
 
 Inputs = dict[str, Tensor]
 
@@ -156,45 +157,69 @@ def compiled_oracle(case: Case) -> Callable[..., Tensor] | None:
     return compiled
 
 
-def measure(case_of: Callable[[], Case], small_case_of: Callable[[], Case], device: str, options: Options) -> list[Row]:
-    case = case_of()
-    baselines: dict[str, Callable[..., Tensor]] = {"oracle": partial(case.function, backend="eager"), **case.others}
-    if compiled := compiled_oracle(case):
-        baselines["oracle, compiled"] = compiled
-    size = "x".join(str(value) for key, value in case.shapes.items() if key in ("batch", "rows", "classes"))
-    row = partial(
-        Row, name="distill", device=rows.device_name(device), shapes={**case.shapes, "backend": options.backend}
+def plan(
+    cases: Iterable[tuple[Callable[[], Case], Callable[[], Case]]], device: str, options: Options
+) -> Iterator[parts.Part]:
+    """What is measured, in order: name and function. cases: each at its size, and small, to warm the allocator up."""
+    for case_of, small_case_of in cases:
+        case = case_of()
+        size = "x".join(str(value) for key, value in case.shapes.items() if key in ("batch", "rows", "classes"))
+        row = partial(
+            Row, name="distill", device=rows.device_name(device), shapes={**case.shapes, "backend": options.backend}
+        )
+        baselines: dict[str, Callable[..., Tensor]] = {"oracle": partial(case.function, backend="eager"), **case.others}
+        of_time = partial(row, metric=f"{case.form}_ms/{size}")
+        for name, baseline in baselines.items():
+            time = partial(measure_time, case, name, baseline, device, options, of_time)
+            yield f"{case.form} {size} against {name}", time
+        peak = partial(measure_peak, case_of, small_case_of, device, options.backend)
+        yield f"peak memory of {case.form} {size}", partial(peak, f"{case.form}_peak_mib/{size}", row)
+        # Compiling takes long: last, and in a part of its own.
+        yield (
+            f"{case.form} {size} against the oracle, compiled",
+            partial(measure_compiled, case, device, options, of_time),
+        )
+
+
+def measure_time(
+    case: Case, name: str, baseline: Callable[..., Tensor], device: str, options: Options, row: Callable[..., Row]
+) -> list[Row]:
+    """Against one baseline. row: makes a row of the metric."""
+    timing = interleave(
+        partial(forward_backward, baseline, case.leaves),
+        partial(forward_backward, partial(case.function, backend=options.backend), case.leaves),
+        case.make_inputs,
+        check=partial(check, case, options.backend),
+        device=device,
+        repeats=options.repeats,
     )
-    found = []
-    for name, baseline in baselines.items():
-        timing = interleave(
-            partial(forward_backward, baseline, case.leaves),
-            partial(forward_backward, partial(case.function, backend=options.backend), case.leaves),
-            case.make_inputs,
-            check=partial(check, case, options.backend),
-            device=device,
-            repeats=options.repeats,
-        )
-        metric = f"{case.form}_ms/{size}"
-        found.append(row(metric=f"{metric}/{name}", value=timing.baseline_median_ms, unit="ms"))
-        found.append(
-            row(
-                metric=metric,
-                value=timing.candidate_median_ms,
-                unit="ms",
-                baseline=name,
-                ratio=timing.ratio,
-                bar=case.bars.get(name),
-            )
-        )
+    ours = row(value=timing.candidate_median_ms, unit="ms", baseline=name, ratio=timing.ratio, bar=case.bars.get(name))
+    return [replace(ours, metric=f"{ours.metric}/{name}", value=timing.baseline_median_ms, **UNCOMPARED), ours]
+
+
+def measure_compiled(case: Case, device: str, options: Options, row: Callable[..., Row]) -> list[Row]:
+    """Against the oracle through torch.compile, where that works."""
+    compiled = compiled_oracle(case)
+    return [] if compiled is None else measure_time(case, "oracle, compiled", compiled, device, options, row)
+
+
+def measure_peak(
+    case_of: Callable[[], Case],
+    small_case_of: Callable[[], Case],
+    device: str,
+    backend: str,
+    metric: str,
+    row: Callable[..., Row],
+) -> list[Row]:
+    """Peak memory against the oracle's."""
     eager_mib, product_mib = (
         peak_mib(partial(run_once, case_of, name), device=device, settle=partial(run_once, small_case_of, name))
-        for name in ("eager", options.backend)
+        for name in ("eager", backend)
     )
-    metric = f"{case.form}_peak_mib/{size}"
-    found.append(row(metric=f"{metric}/oracle", value=eager_mib, unit="MiB"))
-    found.append(row(metric=metric, value=product_mib, unit="MiB", baseline="oracle", ratio=product_mib / eager_mib))
-    return found
+    return [
+        row(metric=f"{metric}/oracle", value=eager_mib, unit="MiB"),
+        row(metric=metric, value=product_mib, unit="MiB", baseline="oracle", ratio=product_mib / eager_mib),
+    ]
 
 
 @click.command(name="distill", help=__doc__, context_settings={"show_default": True})
@@ -216,14 +241,11 @@ def command(
 ) -> None:
     usual = (2048, 65536) if device == "cuda" else (256, 16384)
     options = Options(backend, repeats)
-    found = []
-    for batch in batches or (512, 1024):
-        cases = partial(similarity_case, batch, device), partial(similarity_case, 8, device)
-        found += measure(*cases, device, options)
     sizes = row_count or usual[0], classes or usual[1]
-    found += measure(partial(dense_case, *sizes, device), partial(dense_case, 8, 64, device), device, options)
-    rows.show(found)
-    click.echo(f"wrote {rows.write(found, out)}")
+    cases = [(partial(dense_case, *sizes, device), partial(dense_case, 8, 64, device))]
+    for batch in batches or (512, 1024):
+        cases.append((partial(similarity_case, batch, device), partial(similarity_case, 8, device)))
+    parts.measure(plan(cases, device, options), out)
 
 
 sweeps.offer(command, "distill")

@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import rows, sweeps
+from benchmarks import parts, rows, sweeps
 from benchmarks.eager_cosmos import EagerFeatures, cosmos_loss, infonce
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave, time_ms
-from benchmarks.memory import MIB, peak_mib
+from benchmarks.memory import MIB, peak_mib, saved_bytes
+from benchmarks.other_infonce import inf_cl_pair
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.loss import CosmosLoss
@@ -38,6 +39,7 @@ TIME_BARS = {"cpu": {512: 0.9, 1024: 0.9}, "cuda": {1024: 1 / 10, 4096: 1 / 3, 8
 PEAK_BARS, SAVED_BAR, BEYOND_INPUTS_BAR = {512: 0.3, 1024: 0.2}, 0.03, 0.01
 COMPILED_BAR, INF_CL_BAR = 1 / 1.5, 1 / 5
 RANKS, RANK_BAR = ((1024, 16384), (4096, 65536)), 1 / 0.55
+BASELINE_RTOL = 1e-2
 LARGEST_CHECK = 512  # the oracle in fp64 keeps 1280 bytes for each pair of samples
 
 
@@ -127,26 +129,25 @@ def check(batch: int, dim: int, device: str, backend: str) -> None:
     assert_agree(gradients, expected, rtol=1e-3 if device == "cuda" else 1e-4)
 
 
+def check_baseline(call: Callable[[Features], Tensor], batch: int, dim: int, device: str, backend: str) -> None:
+    """The baseline's loss, as it will be timed, against ours: in bf16 or TF32 as they come."""
+    theirs, ours = (make_features(batch, dim, device, 0) for _ in range(2))
+    assert_agree({"baseline's loss": call(theirs)}, {"baseline's loss": run_product(ours, backend)}, rtol=BASELINE_RTOL)
+
+
 def run_side(side: str, backend: str, batch: int, dim: int, device: str) -> None:
     features = make_features(batch, dim, device, seed=0)
     _ = run_eager(features) if side == "eager" else run_product(features, backend)
 
 
-def saved_bytes(forward: Callable[[Features], Tensor], features: Features) -> int:
-    """Memory that autograd keeps from forward to backward, beyond the features themselves."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*features.student.values(), *features[1:])}
-    kept: dict[int, int] = {}
+def kept_bytes(forward: Callable[[Features], Tensor], features: Features) -> int:
+    """What autograd keeps from forward to backward, beyond the features themselves."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def run_forward() -> Tensor:
+        with autocast(features.teacher_image.device.type):
+            return forward(features)
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(features[1].device.type):
-        loss = forward(features)  # alive until all is counted: no storage is used twice
-    del loss
-    return sum(kept.values())
+    return saved_bytes(run_forward, (*features.student.values(), *features[1:]))
 
 
 class Setting(NamedTuple):
@@ -174,9 +175,10 @@ def floor_ms(batch: int, total: int, dim: int, flops_per_s: float) -> float:
 
 
 def measure_time(
-    batch: int, setting: Setting, baseline: str, call: Callable[[Features], object], bar: float | None
+    batch: int, setting: Setting, baseline: str, call: Callable[[Features], Tensor], bar: float | None
 ) -> list[Row]:
     dim, device, backend, repeats = setting
+    check_baseline(call, batch, dim, device, backend)
     timing = interleave(
         call,
         partial(run_product, backend=backend),
@@ -206,12 +208,12 @@ def measure_memory(batch: int, setting: Setting) -> list[Row]:
     beyond = ""
     if device == "cuda":
         beyond = "_beyond_inputs_and_gradients"
-        with_gradient = 4 * VIEWS + 2 * GLOBAL_VIEWS, 3 * VIEWS + GLOBAL_VIEWS
-        inputs_mib = sum(with_gradient) * batch * dim * 4 / MIB
+        # Each student feature has a gradient of its own size, zeros in the views that no loss reads among them.
+        inputs_mib = (2 * 4 * VIEWS + 2 * GLOBAL_VIEWS) * batch * dim * 4 / MIB
         eager, ours = eager - inputs_mib, ours - inputs_mib
     bar = BEYOND_INPUTS_BAR if device == "cuda" and batch == 8192 else PEAK_BARS.get(batch) if device == "cpu" else None
     features = make_features(batch, dim, device, seed=0)
-    kept = [saved_bytes(forward, features) for forward in (forward_eager, partial(forward_product, backend=backend))]
+    kept = [kept_bytes(forward, features) for forward in (forward_eager, partial(forward_product, backend=backend))]
     peak = {"baseline": "eager port", "ratio": ours / eager, "bar": bar}
     saved = {"baseline": "eager port", "ratio": kept[1] / kept[0], "bar": SAVED_BAR}
     return [
@@ -246,12 +248,6 @@ def measure_rank(batch: int, total: int, setting: Setting) -> list[Row]:
     return [setting.row(batch, f"rank_ms/{batch}x{total}", value, "ms", **more)]
 
 
-def inf_cl_pair(a_BD: Tensor, b_BD: Tensor, scale: Tensor) -> Tensor:
-    from inf_cl import cal_flash_loss
-
-    return (cal_flash_loss(a_BD, b_BD, scale=scale) + cal_flash_loss(b_BD, a_BD, scale=scale)) / 2
-
-
 def plan(batches: tuple[int, ...], setting: Setting) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     """What is measured, in order: name and function."""
     device = setting.device
@@ -282,15 +278,7 @@ def plan(batches: tuple[int, ...], setting: Setting) -> Iterator[tuple[str, Call
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(batches: tuple[int, ...], dim: int, device: str, backend: str, repeats: int, out: Path | None) -> None:
     batches = batches or (GPU_BATCHES if device == "cuda" else CPU_BATCHES)
-    found: list[Row] = []
-    for name, part in plan(batches, Setting(dim, device, backend, repeats)):
-        try:
-            found += part()
-        except (torch.OutOfMemoryError, ImportError) as error:
-            click.echo(f"left out: {name}: {type(error).__name__}: {error}")
-        path = rows.write(found, out) if found else None  # after each part: a run that is stopped leaves what it has
-    rows.show(found)
-    click.echo(f"wrote {path}")
+    parts.measure(plan(batches, Setting(dim, device, backend, repeats)), out)
 
 
 sweeps.offer(command, "infonce")

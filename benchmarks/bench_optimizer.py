@@ -12,16 +12,16 @@ as many elements.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
 
-from benchmarks import rows, sweeps
+from benchmarks import parts, rows, sweeps
 from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave, time_ms
 from benchmarks.rows import Row
 from cosmos_fast.ops.adamw_ema import adamw_ema_
@@ -34,6 +34,7 @@ BASELINES = {
     "fused": ("torch AdamW(fused) + foreach lerp + clip_grad_norm_", 0.85, 1 / 1.15),
     "apex": ("apex FusedAdam + foreach lerp + clip_grad_norm_", None, None),
 }
+TIME_BAR_MS = 1.9  # 152 M parameters on an H200
 Grads = tuple[list[Tensor], list[Tensor]]  # one list a side: clipping changes the baseline's in place
 
 
@@ -54,8 +55,8 @@ class Weights:
 
     @staticmethod
     def random(shapes: list[tuple[int, ...]], device: str, *, copies: bool = False) -> Weights:
-        generator = torch.Generator().manual_seed(0)
-        student = [torch.randn(shape, generator=generator).mul_(0.02).to(device) for shape in shapes]
+        generator = torch.Generator(device).manual_seed(0)
+        student = [torch.randn(shape, generator=generator, device=device).mul_(0.02) for shape in shapes]
         kept = [[tensor.bfloat16() for tensor in student] for _ in range(2)] if copies else []
         return Weights(student, [tensor.clone() for tensor in student], kept)
 
@@ -147,50 +148,62 @@ def pass_bytes_per_s(device: str, elements: int) -> float:
     return 8 * elements / (min(times_ms) / 1e3)
 
 
-def measure(device: str, repeats: int) -> Iterator[Row]:
+def plan(device: str, repeats: int) -> Iterator[parts.Part]:
+    """What is measured, in order: name and function."""
     on_gpu = torch.device(device).type == "cuda"
     shapes = transformer_shapes(768, 16, 49408) if on_gpu else transformer_shapes(512, 5, 49408)
-    parameters = sum(torch.Size(shape).numel() for shape in shapes)
-    bytes_moved = parameters * (44 if on_gpu else 40)
-    floor_ms = 1e3 * bytes_moved / pass_bytes_per_s(device, parameters)
     wanted = ("cuda", "triton") if on_gpu else ("native",)
     available = {row["backend"] for row in table() if row["op"] == "adamw_ema" and row["status"] == "available"}
     for backend in [name for name in wanted if name in available] or ["auto"]:
-        for baseline, (description, cpu_bar, gpu_bar) in BASELINES.items():
+        for baseline in BASELINES:
             if baseline == "apex" and (not on_gpu or apex_adam() is None):
                 continue
-            timing = compare(shapes, device, baseline=baseline, backend=backend, repeats=repeats)
-            yield Row(
-                name="optimizer",
-                device=rows.device_name(device),
-                shapes={
-                    "parameters": parameters,
-                    "tensors": len(shapes),
-                    "backend": backend,
-                    "bytes": bytes_moved,
-                    "floor_ms": floor_ms,
-                    "baseline_ms": timing.baseline_median_ms,
-                    "ratio_quartiles": timing.spread,
-                },
-                metric=f"step time, {backend}",
-                value=timing.candidate_median_ms,
-                unit="ms",
-                baseline=description,
-                ratio=timing.ratio,
-                floor_pct=100 * floor_ms / statistics.median(timing.candidate_ms),
-                bar=gpu_bar if on_gpu else cpu_bar,
-            )
+            yield f"{backend} against {baseline}", partial(measure, shapes, device, backend, baseline, repeats)
+
+
+def measure(shapes: list[tuple[int, ...]], device: str, backend: str, baseline: str, repeats: int) -> Iterator[Row]:
+    """One backend against one baseline; on a GPU, beside the first one, against the time that is asked for."""
+    on_gpu = torch.device(device).type == "cuda"
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    bytes_moved = parameters * (44 if on_gpu else 40)
+    floor_ms = 1e3 * bytes_moved / pass_bytes_per_s(device, parameters)
+    description, cpu_bar, gpu_bar = BASELINES[baseline]
+    timing = compare(shapes, device, baseline=baseline, backend=backend, repeats=repeats)
+    ours_ms = timing.candidate_median_ms
+    found = Row(
+        name="optimizer",
+        device=rows.device_name(device),
+        shapes={
+            "parameters": parameters,
+            "tensors": len(shapes),
+            "backend": backend,
+            "bytes": bytes_moved,
+            "floor_ms": floor_ms,
+            "baseline_ms": timing.baseline_median_ms,
+            "ratio_quartiles": timing.spread,
+        },
+        metric=f"step time, {backend}",
+        value=ours_ms,
+        unit="ms",
+        baseline=description,
+        ratio=timing.ratio,
+        floor_pct=100 * floor_ms / ours_ms,
+        bar=gpu_bar if on_gpu else cpu_bar,
+    )
+    yield found
+    if on_gpu and baseline == "default":
+        yield replace(found, baseline=f"{TIME_BAR_MS:g} ms", ratio=ours_ms / TIME_BAR_MS, bar=1.0)
 
 
 @click.command("optimizer")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--repeats", default=MIN_REPEATS, show_default=True, help="Timed repetitions.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option(
+    "--repeats", type=click.IntRange(MIN_REPEATS), default=MIN_REPEATS, show_default=True, help="Timed repetitions."
+)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="JSON file; default benchmarks/results/.")
 def command(device: str, repeats: int, out: Path | None) -> None:
     """Fused AdamW + average + clipping against torch, 41 M parameters on a CPU, 152 M on a GPU; times in ms."""
-    found = list(measure(device, repeats))
-    rows.show(found)
-    print(f"written to {rows.write(found, out)}")
+    parts.measure(plan(device, repeats), out)
 
 
 sweeps.offer(command, "optimizer")

@@ -8,7 +8,7 @@ Axes: V views, B samples, N = V * B captions, L tokens, M captions that return t
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import parts, rows
 from benchmarks.eager_cosmos import EagerCosmos
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.memory import peak_mib
@@ -50,7 +50,8 @@ class Setting(NamedTuple):
         return StepShape(model=model, batch=self.samples, local_px=32, **tokens)  # type: ignore[arg-type]
 
     def captions(self, seed: int) -> Tensor:
-        return self.shape.texts(seed, self.device)
+        """On the host, where loaders leave them: each side packs or copies them within the clock."""
+        return self.shape.texts(seed)
 
     def row(self, metric: str, value: float, unit: str, **more: float) -> Row:
         model = self.shape.model
@@ -105,10 +106,14 @@ def make_product(setting: Setting, weights: Mapping[str, Tensor] | None = None) 
 
 
 def encode(tower: Tower, texts_VBL: Tensor) -> dict[str, Tensor]:
-    """Features of all captions and mapped tokens of view 0; the eager port maps the tokens of every caption."""
+    """Features of all captions and mapped tokens of view 0; the eager port maps the tokens of every caption.
+
+    As in a step: the port gets the padded captions on its device, the product packs them on the host.
+    """
     samples = texts_VBL.shape[1]
     if isinstance(tower, EagerCosmos):
-        features_ND, tokens_NLD = tower.encode_texts(texts_VBL.flatten(0, 1))
+        device = tower.logit_scale.device
+        features_ND, tokens_NLD = tower.encode_texts(texts_VBL.to(device, non_blocking=True).flatten(0, 1))
         return {"features": features_ND, "tokens": tokens_NLD[:samples]}
     text = tower.run_text(texts_VBL.flatten(0, 1), keep_tokens=samples)
     assert text.tokens_MLW is not None
@@ -118,7 +123,7 @@ def encode(tower: Tower, texts_VBL: Tensor) -> dict[str, Tensor]:
 def forward_backward(tower: Tower, precision: str, texts_VBL: Tensor) -> Mapping[str, Tensor]:
     """A fixed direction stands for the gradient of a loss, so that no channel's gradient vanishes."""
     tower.zero_grad()
-    with torch.autocast(texts_VBL.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(tower.logit_scale.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         outputs = encode(tower, texts_VBL)
     directions = [
         torch.linspace(-1, 1, output.numel(), device=output.device, dtype=output.dtype).view_as(output)
@@ -143,7 +148,7 @@ def check(setting: Setting) -> None:
     assert_agree(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
 
 
-def measure(setting: Setting, repeats: int) -> Iterator[Row]:
+def measure_time(setting: Setting, repeats: int) -> list[Row]:
     eager = make_eager(setting)
     product = make_product(setting, eager.state_dict())
     timing = interleave(
@@ -154,8 +159,13 @@ def measure(setting: Setting, repeats: int) -> Iterator[Row]:
         device=setting.device,
         repeats=repeats,
     )
-    yield setting.row("eager_forward_backward_ms", timing.baseline_median_ms, "ms")
-    yield setting.row("forward_backward_ms", timing.candidate_median_ms, "ms", ratio=timing.ratio, bar=TIME_BAR)
+    return [
+        setting.row("eager_forward_backward_ms", timing.baseline_median_ms, "ms"),
+        setting.row("forward_backward_ms", timing.candidate_median_ms, "ms", ratio=timing.ratio, bar=TIME_BAR),
+    ]
+
+
+def measure_memory(setting: Setting) -> list[Row]:
     eager_peak, peak = (
         peak_mib(
             partial(run_side, setting, side),
@@ -164,8 +174,10 @@ def measure(setting: Setting, repeats: int) -> Iterator[Row]:
         )
         for side in ("eager", "product")
     )
-    yield setting.row("eager_peak_mib", eager_peak, "MiB")
-    yield setting.row("peak_mib", peak, "MiB", ratio=peak / eager_peak)
+    return [
+        setting.row("eager_peak_mib", eager_peak, "MiB"),
+        setting.row("peak_mib", peak, "MiB", ratio=peak / eager_peak),
+    ]
 
 
 def run_side(setting: Setting, side: str) -> None:
@@ -182,9 +194,9 @@ def run_side(setting: Setting, side: str) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(samples: int, layers: int, device: str, repeats: int, out: Path | None) -> None:
     precision = "bf16" if device == "cuda" else "fp32"
-    found = list(measure(Setting(samples, layers, device, precision), repeats))
-    rows.show(found)
-    click.echo(f"wrote {rows.write(found, out)}")
+    setting = Setting(samples, layers, device, precision)
+    planned = [("time", partial(measure_time, setting, repeats)), ("memory", partial(measure_memory, setting))]
+    parts.measure(planned, out)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import graphs, rows, sweeps
+from benchmarks import graphs, parts, rows, sweeps
 from benchmarks.eager_cosmos import CrossAttentionPool as EagerPool
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
-from benchmarks.memory import MIB, peak_mib
+from benchmarks.memory import MIB, peak_mib, saved_bytes
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.model.cross_pool import CrossAttentionPool
@@ -164,8 +164,8 @@ def measure_memory(length: int, setting: Setting) -> Iterator[Row]:
     )
     eager, product = make_pools(dim, device)
     inputs = make_inputs(batch, length, dim, device, 0, torch.float32)
-    eager_kept = saved_bytes(eager, partial(pool_repeated, eager), inputs) / MIB
-    kept = saved_bytes(product, partial(pool_product, product, backend=backend), inputs) / MIB
+    eager_kept = saved_bytes(partial(pool_repeated, eager, inputs), eager.parameters()) / MIB
+    kept = saved_bytes(partial(pool_product, product, inputs, backend), product.parameters()) / MIB
     repeated = "keys and values repeated per view"
     yield setting.row(length, "eager_peak_mib", eager_peak, "MiB")
     yield setting.row(length, "peak_mib", peak, "MiB", baseline=repeated, ratio=peak / eager_peak)
@@ -173,64 +173,61 @@ def measure_memory(length: int, setting: Setting) -> Iterator[Row]:
     yield setting.row(length, "saved_mib", kept, "MiB", baseline=repeated, ratio=kept / eager_kept, bar=SAVED_BAR)
 
 
-def saved_bytes(pool: torch.nn.Module, call: Callable[[Inputs], Tensor], inputs: Inputs) -> int:
-    """Storage that autograd keeps, inputs included, parameters not."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in pool.parameters()}
-    kept: dict[int, int] = {}
+class OnGpu:
+    """Graphs of one length: bf16 tokens, the baselines under autocast."""
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, length: int, setting: Setting) -> None:
+        self._draw = partial(make_inputs, setting.batch, length, setting.dim, setting.device)
+        self._eager, product = make_pools(setting.dim, setting.device)
+        self._static = self._draw(0, torch.bfloat16)
+        leaves = (*self._static, *product.parameters())
+        self.ours = graphs.capture(partial(pool_product, product, self._static, setting.backend), leaves)
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = call(inputs)  # alive until all is counted: no storage is used twice
-    del output
-    return sum(kept.values())
+    def refresh(self, seed: int) -> None:
+        """Fresh values in the same places."""
+        with torch.no_grad():
+            for old, new in zip(self._static, self._draw(seed, torch.bfloat16), strict=True):
+                old.copy_(new)
+
+    def baseline(self, call: Callable[[EagerPool, Inputs], Tensor]) -> torch.cuda.CUDAGraph:
+        """Its forward pass."""
+
+        def under_autocast() -> Tensor:
+            with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
+                return call(self._eager, self._static)
+
+        return graphs.capture(under_autocast).forward
 
 
 def measure_graphs(length: int, setting: Setting) -> Iterator[Row]:
-    """Forward and backward on a GPU, bf16 tokens, under autocast for the baselines."""
-    batch, dim, device, backend, repeats = setting
+    """Forward and backward on a GPU, and forward against the original's way."""
     check(length, setting)
-    eager, product = make_pools(dim, device)
-    static = make_inputs(batch, length, dim, device, 0, torch.bfloat16)
-
-    def refresh(seed: int) -> None:
-        with torch.no_grad():
-            for old, new in zip(static, make_inputs(batch, length, dim, device, seed, torch.bfloat16), strict=True):
-                old.copy_(new)
-
-    def under_autocast(call: Callable[[EagerPool, Inputs], Tensor]) -> Tensor:
-        with torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False):
-            return call(eager, static)
-
-    ours = graphs.capture(partial(pool_product, product, static, backend), (*static, *product.parameters()))
-    assert ours.backward is not None
-    sides = {"ours": ours.forward, "backward": ours.backward}
-    sides["repeated"] = graphs.capture(partial(under_autocast, pool_repeated)).forward
-    try:
-        sides["compiled"] = graphs.capture(partial(under_autocast, torch.compile(pool_shared))).forward
-    except Exception as error:  # a compiler that is missing or broken raises anything
-        click.echo(f"left out: keys and values once a sample, compiled: {type(error).__name__}: {error}")
-    times = graphs.interleave_us(sides, refresh, repeats)
-    rate = matmul_flops_per_s(device, torch.bfloat16)
-    for name, flops, bars in zip(
-        ("ours", "backward"), flops_a_sample(length, dim), (FORWARD_BARS_US, BACKWARD_BARS_US), strict=True
-    ):
-        value, bar = statistics.median(times[name]), bars.get(length)
-        more = {"floor_pct": 100 * 1e6 * batch * flops / rate / value}
-        if bar is not None and (batch, dim) == (BATCH["cuda"], 512):
+    on_gpu = OnGpu(length, setting)
+    assert on_gpu.ours.backward is not None
+    sides = {"forward_us": on_gpu.ours.forward, "backward_us": on_gpu.ours.backward}
+    times = graphs.interleave_us({**sides, "repeated": on_gpu.baseline(pool_repeated)}, on_gpu.refresh, setting.repeats)
+    rate = matmul_flops_per_s(setting.device, torch.bfloat16)
+    bars = FORWARD_BARS_US, BACKWARD_BARS_US
+    for name, flops, bars_us in zip(sides, flops_a_sample(length, setting.dim), bars, strict=True):
+        value, bar = statistics.median(times[name]), bars_us.get(length)
+        more = {"floor_pct": 100 * 1e6 * setting.batch * flops / rate / value}
+        if bar is not None and (setting.batch, setting.dim) == (BATCH["cuda"], 512):
             more |= {"baseline": f"{bar:g} us", "ratio": value / bar, "bar": 1.0}  # type: ignore[dict-item]
-        yield setting.row(length, "forward_us" if name == "ours" else "backward_us", value, "us", **more)
-    for key, baseline, bar in (
-        ("repeated", "keys and values repeated per view", GPU_REPEATED_BAR),
-        ("compiled", "keys and values once a sample, compiled", GPU_SHARED_BAR),
-    ):
-        if key in times:
-            more = {"baseline": baseline, "ratio": graphs.median_ratio(times["ours"], times[key]), "bar": bar}  # type: ignore[dict-item]
-            yield setting.row(length, "forward_us", statistics.median(times["ours"]), "us", **more)
+        yield setting.row(length, name, value, "us", **more)
+    yield _against(length, setting, times, "repeated", "keys and values repeated per view", GPU_REPEATED_BAR)
+
+
+def measure_compiled(length: int, setting: Setting) -> Iterator[Row]:
+    """Forward on a GPU against keys and values once a sample, compiled: a part of its own, since that takes long."""
+    on_gpu = OnGpu(length, setting)
+    sides = {"forward_us": on_gpu.ours.forward, "compiled": on_gpu.baseline(torch.compile(pool_shared))}
+    times = graphs.interleave_us(sides, on_gpu.refresh, setting.repeats)
+    yield _against(length, setting, times, "compiled", "keys and values once a sample, compiled", GPU_SHARED_BAR)
+
+
+def _against(length: int, setting: Setting, times: dict[str, list[float]], key: str, baseline: str, bar: float) -> Row:
+    ratio, value = graphs.median_ratio(times["forward_us"], times[key]), statistics.median(times["forward_us"])
+    return setting.row(length, "forward_us", value, "us", baseline=baseline, ratio=ratio, bar=bar)
 
 
 def flops_a_sample(length: int, dim: int) -> tuple[float, float]:
@@ -252,14 +249,10 @@ def command(
     batch: int | None, lengths: tuple[int, ...], dim: int, device: str, backend: str, repeats: int, out: Path | None
 ) -> None:
     setting = Setting(batch or BATCH[device], dim, device, backend, repeats)
-    parts = (measure_graphs,) if device == "cuda" else (measure_time, measure_memory)
-    found: list[Row] = []
-    for part in parts:
-        for length in lengths:
-            found += part(length, setting)
-            path = rows.write(found, out)  # after each part: a run that is stopped leaves what it has
-    rows.show(found)
-    click.echo(f"wrote {path}")
+    on_gpu = {"graphs": measure_graphs, "graphs, compiled baseline": measure_compiled}
+    kinds = on_gpu if device == "cuda" else {"time": measure_time, "memory": measure_memory}
+    cases = [(name, kind, length) for name, kind in kinds.items() for length in lengths]
+    parts.measure([(f"{name} at {length}", partial(kind, length, setting)) for name, kind, length in cases], out)
 
 
 sweeps.offer(command, "pool")

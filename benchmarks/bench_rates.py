@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import parts, rows
 from benchmarks.harness import MIN_REPEATS, time_ms
 from benchmarks.rows import Row
 from benchmarks.sweep import copy_bytes_per_s
@@ -35,22 +35,19 @@ def best_ms(call: Callable[[Tensor], object], x: Tensor, device: str) -> float:
     return min(time_ms(call, x, device) for _ in range(MIN_REPEATS + 2))
 
 
-def tower_products(device: str, dtype: torch.dtype, samples: int) -> Iterator[tuple[str, float]]:
-    """FLOP/s of every linear layer: forward, gradient of its input, gradient of its weight."""
-    tokens = samples * TOKENS_A_SAMPLE
-    for name, (inputs, outputs) in LAYERS.items():
-        x_TD, grad_TD, weight = (
-            torch.randn(shape, device=device).to(dtype)
-            for shape in ((tokens, inputs), (tokens, outputs), (outputs, inputs))
-        )
-        products: tuple[tuple[str, Tensor, Tensor], ...] = (
-            ("forward", x_TD, weight.T),
-            ("grad input", grad_TD, weight),
-            ("grad weight", grad_TD.T, x_TD),
-        )
-        for direction, left, right in products:
-            rate = 2 * tokens * inputs * outputs / (best_ms(partial(torch.mm, left), right, device) / 1e3)
-            yield f"{name} {tokens}x{inputs}x{outputs}/{direction}", rate
+def layer_products(device: str, dtype: torch.dtype, tokens: int, name: str) -> Iterator[tuple[str, float]]:
+    """FLOP/s of a linear layer: forward, gradient of its input, gradient of its weight."""
+    inputs, outputs = LAYERS[name]
+    shapes = (tokens, inputs), (tokens, outputs), (outputs, inputs)
+    x_TD, grad_TD, weight = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+    products: tuple[tuple[str, Tensor, Tensor], ...] = (
+        ("forward", x_TD, weight.T),
+        ("grad input", grad_TD, weight),
+        ("grad weight", grad_TD.T, x_TD),
+    )
+    for direction, left, right in products:
+        rate = 2 * tokens * inputs * outputs / (best_ms(partial(torch.mm, left), right, device) / 1e3)
+        yield f"{name} {tokens}x{inputs}x{outputs}/{direction}", rate
 
 
 def chunk_rate(device: str, dtype: torch.dtype, mib: int) -> float:
@@ -68,18 +65,28 @@ def chunk_rate(device: str, dtype: torch.dtype, mib: int) -> float:
     return 4 * total_rows * columns * CHUNK_DIM / (best_ms(run, x, device) / 1e3)
 
 
-def measure(device: str, samples: int) -> Iterator[Row]:
+def plan(device: str, samples: int) -> Iterator[parts.Part]:
+    """What is measured, in order: name and function. Rates are also told as shares of a square product's."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    shapes = {"samples": samples, "tokens": samples * TOKENS_A_SAMPLE, "dtype": str(dtype).removeprefix("torch.")}
+    tokens = samples * TOKENS_A_SAMPLE
+    shapes = {"samples": samples, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
     row = partial(Row, name="rates", device=rows.device_name(device), shapes=shapes)
-    yield row(metric="copy_gb_per_s", value=copy_bytes_per_s(device) / 1e9, unit="GB/s")
     square = matmul_flops_per_s(device, dtype)
-    yield row(metric="matmul_tflops/square", value=square / 1e12, unit="TFLOP/s")
-    for name, rate in tower_products(device, dtype, samples):
-        yield row(metric=f"matmul_tflops/{name}", value=rate / 1e12, unit="TFLOP/s", floor_pct=100 * rate / square)
+
+    def rate_row(name: str, rate: float) -> Row:
+        return row(metric=name, value=rate / 1e12, unit="TFLOP/s", floor_pct=100 * rate / square)
+
+    def products(name: str) -> list[Row]:
+        found = layer_products(device, dtype, tokens, name)
+        return [rate_row(f"matmul_tflops/{direction}", rate) for direction, rate in found]
+
+    yield "square product", lambda: [row(metric="matmul_tflops/square", value=square / 1e12, unit="TFLOP/s")]
+    yield "copy", lambda: [row(metric="copy_gb_per_s", value=copy_bytes_per_s(device) / 1e9, unit="GB/s")]
+    for name in LAYERS:
+        yield name, partial(products, name)
     for mib in CHUNK_MIB[device]:
-        rate = chunk_rate(device, dtype, mib)
-        yield row(metric=f"chunk_tflops/{mib} MiB", value=rate / 1e12, unit="TFLOP/s", floor_pct=100 * rate / square)
+        metric = f"chunk_tflops/{mib} MiB"
+        yield metric, lambda metric=metric, mib=mib: [rate_row(metric, chunk_rate(device, dtype, mib))]
 
 
 @click.command(name="rates", help=__doc__, context_settings={"show_default": True})
@@ -87,12 +94,7 @@ def measure(device: str, samples: int) -> Iterator[Row]:
 @click.option("--samples", type=click.IntRange(1), help="Samples in the batch; default: 4 on a CPU, 256 on a GPU.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(device: str, samples: int | None, out: Path | None) -> None:
-    found: list[Row] = []
-    for row in measure(device, samples or SAMPLES[device]):
-        found.append(row)
-        path = rows.write(found, out)  # after each: a run that is stopped leaves what it has
-    rows.show(found)
-    click.echo(f"wrote {path}")
+    parts.measure(plan(device, samples or SAMPLES[device]), out)
 
 
 if __name__ == "__main__":

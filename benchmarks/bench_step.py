@@ -17,7 +17,7 @@ import torch
 from click.core import ParameterSource
 from torch import Tensor
 
-from benchmarks import rows
+from benchmarks import parts
 from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave, ledger
 from benchmarks.memory import peak_mib
 from benchmarks.other_ranks import AmongOtherRanks
@@ -105,7 +105,7 @@ def gradients_of(trainer: Trainer) -> dict[str, Tensor]:
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
-def measure_time(setting: Setting, repeats: int) -> tuple[Timing, list[Row]]:
+def measure_time(setting: Setting, repeats: int) -> list[Row]:
     """Against the eager port; and how close to the hardware's rate."""
     timing = _time(setting, repeats, compiled=False, check=partial(check_agreement, setting))
     texts = setting.inputs(0)[1]
@@ -132,7 +132,9 @@ def measure_time(setting: Setting, repeats: int) -> tuple[Timing, list[Row]]:
             setting.rate_row("mfu_pct", 100 * 1e12 * tera / peak.flops_per_s, "%", setting.bars.mfu_pct),
             setting.row("mfu_unpruned_pct", 100 * unpruned / (ours_ms / 1e3) / peak.flops_per_s, "%"),
         ]
-    return timing, found
+    low, high = timing.spread
+    click.echo(f"half of the {repeats} step-time ratios lie in {low:.3f} to {high:.3f}")
+    return found
 
 
 def measure_against_compiled(setting: Setting, repeats: int) -> list[Row]:
@@ -272,23 +274,17 @@ def command(
     else:
         shape, compute = named_shape(model, width, layers, batch), ComputeConfig()
     setting = make_setting(recipe or model, widened(shape, global_batch), compute, device, precision)
-    timing, found = measure_time(setting, repeats)
-    rows.write(found, out)  # after each part: a run that is stopped leaves what it has
+    planned: list[parts.Part] = [("time", partial(measure_time, setting, repeats))]
     if memory:
-        found += measure_memory(setting)
-        rows.write(found, out)
+        planned.append(("memory", partial(measure_memory, setting)))
     if profile:
-        found += measure_phases(setting, repeats)
-        rows.write(found, out)
+        planned.append(("phases", partial(measure_phases, setting, repeats)))
     if setting.device == "cuda" if compiled is None else compiled:
         if reason := why_no_compiler(torch.device(setting.device)):
             click.echo(f"left out: the port compiled ({reason})")
         else:
-            found += measure_against_compiled(setting, repeats)
-    rows.show(found)
-    low, high = timing.spread
-    click.echo(f"half of the {repeats} step-time ratios lie in {low:.3f} to {high:.3f}")
-    click.echo(f"wrote {rows.write(found, out)}")
+            planned.append(("port compiled", partial(measure_against_compiled, setting, repeats)))
+    parts.measure(planned, out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work.
+"""Peak memory of a piece of work, and what autograd keeps between forward and backward.
 
 On a CPU the work runs in a process of its own: memory that an earlier run has freed stays with the allocator, and would
 hide the peak of the next. On CUDA the allocator counts exactly, and the work runs in place.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
 from cosmos_fast.utils.memory import MIB, peak_bytes, reset_peak
 
@@ -61,3 +62,20 @@ def _cuda_peak_mib(work: Callable[[], object], device: str, settle: Callable[[],
     work()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - base) / MIB
+
+
+def saved_bytes(forward: Callable[[], object], apart_from: Iterable[Tensor]) -> int:
+    """Storage that autograd keeps from this forward pass for the backward one, each once; `apart_from` lives anyway."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in apart_from}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = forward()  # alive until all is counted: no storage is used twice
+    del output
+    return sum(kept.values())

@@ -122,11 +122,7 @@ def _date(path: Path) -> str:
 def asked(files: Sequence[ResultFile], kind: str) -> list[Asked]:
     """All bars of a kind of device over the rows of one device."""
     rows = [row for file in files for row in file.rows]
-    return [
-        Asked(bar, bar.verdict(rows), [row.ratio for row in bar.rows(rows) if row.ratio is not None])
-        for bar in BARS
-        if bar.device == kind
-    ]
+    return [Asked(bar, bar.verdict(rows), bar.ratios(rows)) for bar in BARS if bar.device == kind]
 
 
 def page_content(files: Sequence[ResultFile], unreadable: Sequence[Unreadable], folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -10,24 +11,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.bars import meets
 from cosmos_fast.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+WIDE = 160
 
 
 def commit() -> str:
-    """Hash of the checked-out commit, with "+dirty" when tracked files other than results differ from it."""
+    """Hash of the checked-out commit, with "+dirty" when tracked files other than results differ from it.
+
+    Of a tree that was copied without its history, what COSMOS_COMMIT says.
+    """
     try:
         revision = git("rev-parse", "--short=12", "HEAD")
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("COSMOS_COMMIT", "unknown")
     return f"{revision}+dirty" if changes else revision
 
 
@@ -75,7 +83,7 @@ class Row:
     @property
     def meets_bar(self) -> bool | None:
         """None where there is nothing to meet."""
-        return None if self.ratio is None or self.bar is None else self.ratio <= self.bar
+        return meets(self)
 
 
 def write(rows: Sequence[Row], out: Path | None = None) -> Path:
@@ -91,7 +99,14 @@ def write(rows: Sequence[Row], out: Path | None = None) -> Path:
 
 
 def show(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Print the rows of one benchmark as a table."""
+    """Print the rows of one benchmark as a table; as they are where rich, which draws it, is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for row in rows:
+            print(f"{row.name} {row.metric}: {row.value:,.5g} {row.unit}, {row.ratio} of {row.baseline}, bar {row.bar}")
+        return
     table = Table(title=f"{rows[0].name} on {rows[0].device}, commit {rows[0].commit}", title_justify="left")
     with_floor = any(row.floor_pct is not None for row in rows)
     for heading in ("metric", "value", "against", "ratio", "bar", *(["floor"] if with_floor else [])):
@@ -108,7 +123,10 @@ def show(rows: Sequence[Row], console: Console | None = None) -> None:
             "" if row.bar is None else f"{row.bar:g}{verdict}",
             *([""] if row.floor_pct is None else [f"{row.floor_pct:.0f} %"])[: int(with_floor)],
         )
-    (console or Console()).print(table)
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDE)  # a log wraps no lines
+    console.print(table)
 
 
 def slug(text: str) -> str:

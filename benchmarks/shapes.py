@@ -62,11 +62,13 @@ class StepShape:
     global_batch: int | None = None
 
     def images(self, seed: int, device: str = "cpu") -> list[Tensor]:
-        """Two global and six local crops, float32 [B, 3, side, side], standard normal."""
-        generator = torch.Generator().manual_seed(seed)
+        """Two global and six local crops, float32 [B, 3, side, side], standard normal.
+
+        Drawn on the device: a GPU's batch takes a host longer than the step.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
         sides = [self.model.image_size] * GLOBAL_VIEWS + [self.local_px] * LOCAL_VIEWS
-        crops = (torch.randn(self.batch, 3, side, side, generator=generator) for side in sides)
-        return [crop.to(device) for crop in crops]
+        return [torch.randn(self.batch, 3, side, side, generator=generator, device=device) for side in sides]
 
     def texts(self, seed: int, device: str = "cpu") -> Tensor:
         """Ids, int64 [V, B, L]: start, words, end of text (the largest id), padding 0."""

@@ -77,15 +77,31 @@ class Rates(NamedTuple):
 
 @dataclass
 class Laps:
-    """Milliseconds of each repetition, by backend, and why the others were left out."""
+    """Milliseconds of each repetition, by backend, and why the others were left out, or what was wrong with them."""
 
     device: torch.device
     ms: dict[str, list[float]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
-def measure(sweep: Sweep, device: str, *, budget_s: float = 300.0, repeats: int = MIN_REPEATS) -> list[Row]:
-    """Rows of every size and backend, as far as the budget goes; what was left out is printed."""
+class Wrong(AssertionError):
+    """A backend broke, or computed something else than the oracle. The others have been measured."""
+
+
+def measure(
+    sweep: Sweep,
+    device: str,
+    *,
+    budget_s: float = 300.0,
+    repeats: int = MIN_REPEATS,
+    keep: Callable[[list[Row]], object] = len,
+) -> list[Row]:
+    """Rows of every size and backend, as far as the budget goes; what was left out is printed.
+
+    keep: is given all rows so far after each size. Raises Wrong, after everything has been measured, naming the
+    backends that were not because they broke or disagreed with the oracle.
+    """
     deadline = time.monotonic() + budget_s
     rates = Rates(matmul_flops_per_s(device, sweep.matmul_dtype), copy_bytes_per_s(device))
     row = partial(Row, name=f"{sweep.name}_sweep", device=rows.device_name(device))
@@ -96,6 +112,7 @@ def measure(sweep: Sweep, device: str, *, budget_s: float = 300.0, repeats: int 
     ]
     names = [*backend_names(sweep.op), *sweep.extra]
     slow: set[str] = set()
+    wrong: list[str] = []
     for point in sweep.points:
         if time.monotonic() > deadline:
             print(f"{sweep.name}: no time left for size {point.size} and larger")
@@ -103,6 +120,7 @@ def measure(sweep: Sweep, device: str, *, budget_s: float = 300.0, repeats: int 
         laps = time_point(point, [name for name in names if name not in slow], device, repeats, deadline)
         for name, why in laps.skipped.items():
             print(f"{sweep.name} {point.size}: {name} left out: {why}")
+        wrong += [f"{sweep.name} {point.size}: {name}: {what}" for name, what in laps.wrong.items()]
         remaining_s = max(0.0, deadline - time.monotonic())
         # The next size costs about four times as much.
         slow |= {name for name, ms in laps.ms.items() if 4e-3 * statistics.median(ms) * (repeats + 2) > remaining_s}
@@ -110,6 +128,9 @@ def measure(sweep: Sweep, device: str, *, budget_s: float = 300.0, repeats: int 
         sizes = {**shapes, "flops": point.flops, "bytes": point.bytes}
         for name in laps.ms:
             found += backend_rows(point, laps, name, rates, partial(row, shapes={**sizes, "backend": name}))
+        keep(found)
+    if wrong:
+        raise Wrong("; ".join(wrong))
     return found
 
 
@@ -144,15 +165,20 @@ def time_point(point: Point, names: Sequence[str], device: str, repeats: int, de
     """Check every backend against the oracle, then time all that passed, interleaved."""
     laps = Laps(torch.device(device))
     expected, why = _attempt(point, ORACLE)
+    found = None
     for name in names:
-        found, why_not = (expected, why) if name == ORACLE else _attempt(point, name)
+        try:
+            found, why_not = (expected, why) if name == ORACLE else _attempt(point, name)
+            if found is not None and expected is not None:
+                assert_agree(found, expected, rtol=point.rtol)
+        except Exception as error:  # this backend only
+            laps.wrong[name] = f"{type(error).__name__}: {error}"
+            continue
         if found is None:
             laps.skipped[name] = why_not
-            continue
-        if expected is not None:
-            assert_agree(found, expected, rtol=point.rtol)
-        laps.ms[name] = []
-    del expected
+        else:
+            laps.ms[name] = []
+    del expected, found  # their memory
     sets = input_sets(point, device)
     for repetition in range(repeats):
         order = list(laps.ms) if repetition % 2 == 0 else list(reversed(laps.ms))

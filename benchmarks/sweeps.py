@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import plots, rows, tower_sweeps
+from benchmarks import rows, tower_sweeps
 from benchmarks.rows import Row
 from benchmarks.sweep import ORACLE, Point, Sweep, draw, measure, with_gradients
 from cosmos_fast.ops import (
@@ -235,14 +235,36 @@ SWEEPS: dict[str, Callable[[str], Sweep]] = {
 
 
 def run(name: str, device: str, budget_s: float, folder: Path | None = None) -> list[Row]:
-    """Measure one sweep, write its rows and pictures into `folder` (default: the device's results), show the rows."""
-    found = measure(SWEEPS[name](device), device, budget_s=budget_s)
+    """Measure one sweep, write its rows and pictures into `folder` (default: the device's results), show the rows.
+
+    Rows are written after each size. Raises `sweep.Wrong` after all that where a backend broke or disagreed.
+    """
     target = folder or rows.RESULTS / rows.slug(rows.device_name(device))
-    rows.show(found)
-    print(f"wrote {rows.write(found, target / f'{name}_sweep.json')}")
-    for path in plots.draw(found, target):
-        print(f"wrote {path}")
+    path = target / f"{name}_sweep.json"
+    found: list[Row] = []
+
+    def keep(so_far: list[Row]) -> None:
+        found[:] = so_far
+        rows.write(found, path)
+
+    try:
+        measure(SWEEPS[name](device), device, budget_s=budget_s, keep=keep)
+    finally:
+        if found:
+            rows.show(found)
+            print(f"wrote {path}")
+            _draw(found, target)
     return found
+
+
+def _draw(found: list[Row], folder: Path) -> None:
+    try:
+        from benchmarks import plots  # here, so that rows need no matplotlib
+    except ImportError as error:
+        print(f"left out: pictures: {error}")
+        return
+    for path in plots.draw(found, folder):
+        print(f"wrote {path}")
 
 
 def offer(command: click.Command, name: str) -> None:

@@ -77,3 +77,16 @@ def test_a_real_run_leaves_the_stamps_that_the_dry_runs_look_at(checkout):
     left = sorted(path.name for path in (checkout / ".venv").glob(".installed-*"))
     assert left == [".installed-core-AUTO-AUTO", ".installed-dev-AUTO-AUTO"]
     assert installs(checkout, "demo") == installs(checkout, "test") == []
+
+
+def test_the_gpu_check_leaves_its_two_files_where_it_is_told(checkout):
+    environment = {"PATH": os.environ["PATH"]}
+    told = [
+        subprocess.run(
+            ["make", "-n", "gpu-check", *more], cwd=checkout, env=environment, capture_output=True, text=True
+        ).stdout.split()
+        for more in ([], ["OUT=some/folder"])
+    ]
+    assert "benchmarks/gpu_check.py" in told[0]
+    assert "--out" not in told[0]
+    assert told[1][-2:] == ["--out", '"some/folder"']

@@ -67,10 +67,15 @@ def test_every_backend_that_runs_is_timed_against_the_oracle(toy, capsys):
     assert "narrow left out: it takes 8 elements at most" in capsys.readouterr().out
 
 
-def test_a_backend_that_disagrees_is_not_timed(toy, monkeypatch):
-    register(Backend("toy", "wrong", lambda: None, ""))
-    with pytest.raises(AssertionError, match="double disagrees"):
-        measure(toy, "cpu")
+def test_a_backend_that_disagrees_or_breaks_is_not_timed_and_the_others_are(toy, monkeypatch):
+    register(Backend("toy", "wrong", lambda: None, ""), Backend("toy", "breaks", lambda: None, ""))
+    kept = []
+    with pytest.raises(sweep.Wrong, match=r"wrong: AssertionError: double disagrees.*breaks: KeyError"):
+        measure(toy, "cpu", keep=lambda rows: kept.append(list(rows)))
+    assert len(kept) == 2  # after each size
+    metrics = {row.metric for row in kept[-1]}
+    assert {"ms/fast/4", "ms/fast/16", "ms/eager/16"} <= metrics
+    assert not any("wrong" in metric or "breaks" in metric for metric in metrics)
 
 
 def test_the_budget_is_kept(toy, capsys):
