@@ -12,6 +12,7 @@ import click
 
 from cosmos_fast.cli.lazy import LazyGroup
 from cosmos_fast.utils.errors import UserError
+from cosmos_kernels.kernel_errors import KernelError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -51,7 +52,7 @@ def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str 
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except UserError as error:
+    except (UserError, KernelError) as error:
         if os.environ.get("COSMOS_DEBUG") == "1":
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)

@@ -33,6 +33,9 @@ ARCHITECTURES = (80, 90, 100)  # compute capability times ten: A100, H100/H200, 
 # As Triton reads the variable; it looks when a kernel is decorated, hence at the import of the module that holds it.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
+# Fused multiply-add, with which the kernels were compiled ahead: Triton 3.9 warns that it will ask, 3.10 leaves it out.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AheadCase:
