@@ -51,20 +51,28 @@ def add_layer_norm(
         that follows takes it, else in y's.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run.
+        ValueError: shapes that do not fit together, several devices, integers, or a backend that cannot run.
     """
-    if x_TD.dim() != 2 or update_TD.shape != x_TD.shape:
-        shapes = f"{tuple(x_TD.shape)} and {tuple(update_TD.shape)}"
-        raise ValueError(f"{OP}: x_TD and update_TD have shapes {shapes}, expected the same [T, D]")
-    for label, tensor in (("weight_D", weight_D), ("bias_D", bias_D)):
-        if tensor.shape != x_TD.shape[1:]:
-            raise ValueError(f"{OP}: {label} has shape {tuple(tensor.shape)}, expected ({x_TD.shape[1]},)")
+    _check(x_TD, update_TD, weight_D, bias_D)
     device = x_TD.device.type
     dtype = torch.promote_types(x_TD.dtype, update_TD.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     y_TD, normed_TD, _ = _add_layer_norm(x_TD, update_TD, weight_D, bias_D, eps, dtype, backend)
     return y_TD, normed_TD
+
+
+def _check(x_TD: Tensor, update_TD: Tensor, weight_D: Tensor, bias_D: Tensor) -> None:
+    if x_TD.dim() != 2 or update_TD.shape != x_TD.shape:
+        shapes = f"{tuple(x_TD.shape)} and {tuple(update_TD.shape)}"
+        raise ValueError(f"{OP}: x_TD and update_TD have shapes {shapes}, expected the same [T, D]")
+    for label, tensor in (("weight_D", weight_D), ("bias_D", bias_D)):
+        if tensor.shape != x_TD.shape[1:]:
+            raise ValueError(f"{OP}: {label} has shape {tuple(tensor.shape)}, expected ({x_TD.shape[1]},)")
+    for label, tensor in (("x_TD", x_TD), ("update_TD", update_TD), ("weight_D", weight_D), ("bias_D", bias_D)):
+        if tensor.device != x_TD.device or not tensor.is_floating_point():
+            kind = f"{tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{OP}: {label} is {kind}, expected a floating-point type on {x_TD.device} like x_TD")
 
 
 @torch.library.custom_op("cosmos_fast::add_layer_norm", mutates_args=())
@@ -98,7 +106,7 @@ def _backward(
     backend: str,
 ) -> list[Tensor]:
     """Gradients of x and update (one entry where their dtypes are equal), of weight and bias."""
-    stages = stages_for(OP, backend, y, weight)
+    stages = stages_for(OP, backend, y, grad_normed, weight)  # about as many elements as in the forward pass
     grad_x, grad_update, *parameters = stages.backward(grad_y, grad_normed, y, weight, stats, x_dtype, update_dtype)
     return [grad_x, *([] if x_dtype == update_dtype else [grad_update]), *parameters]
 

@@ -27,6 +27,14 @@ def test_shapes_that_do_not_fit_are_named():
         add_layer_norm(**{**inputs, "bias_D": inputs["bias_D"][:15]})
 
 
+def test_devices_and_types_that_do_not_fit_are_named():
+    inputs = draw(4, 16, MIXES[0], "cpu")
+    with pytest.raises(ValueError, match=r"weight_D is torch.float32 on meta, expected a floating-point type on cpu"):
+        add_layer_norm(**{**inputs, "weight_D": inputs["weight_D"].to("meta")})
+    with pytest.raises(ValueError, match=r"update_TD is torch.int64 on cpu, expected a floating-point type on cpu"):
+        add_layer_norm(**{**inputs, "update_TD": inputs["update_TD"].long()})
+
+
 def test_the_contract_of_the_custom_op():
     arguments = [tensor.requires_grad_() for tensor in draw(4, 16, MIXES[0], "cpu").values()]
     operation = torch.ops.cosmos_fast.add_layer_norm.default
