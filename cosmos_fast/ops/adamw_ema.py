@@ -76,19 +76,19 @@ def adamw_ema_(
         The gradients' norm before any factor, 0-dim fp32 on their device; None where nothing needed it.
 
     Raises:
-        ValueError: lists that do not match, or an explicit backend that cannot take them.
+        ValueError: lists that do not match, numbers out of range, or an explicit backend that cannot take them.
     """
+    _check_hyper(lr, eps, {"beta1": beta1, "beta2": beta2}, ema_decay, clip_norm)
     groups = _listed(params, grads, exp_avgs, exp_avg_sqs, ema_params, param_copies, ema_copies)
     _check(groups)
     count = len(groups["params"])
     per_tensor = _per_tensor(count, step, weight_decay, log_scales)
+    scalars = [_scalar(name, x, groups["params"]) for name, x in (("grad_scale", grad_scale), ("norm", norm))]
     if norm is None and (clip_norm is not None or skip_nonfinite):
-        norm = grad_norm(groups["grads"], backend=backend)
+        norm = scalars[1] = grad_norm(groups["grads"], backend=backend)
     if not count:
         return norm
-    factor = grad_scale if isinstance(grad_scale, Tensor) else None
     hyper = [lr, beta1, beta2, eps, ema_decay, 1.0 if isinstance(grad_scale, Tensor) else grad_scale]
-    scalars = [_scalar(name, x, groups) for name, x in (("grad_scale", factor), ("norm", norm))]
     step_: Callable[..., None] = stages.step_ if _traced(groups["params"]) else stages.run_step_
     step_(*groups.values(), *scalars, *per_tensor, hyper, clip_norm, skip_nonfinite, backend)
     return norm
@@ -98,11 +98,12 @@ def adamw_ema_(
 def grad_norm(grads: Iterable[Tensor], *, backend: str = "auto") -> Tensor:
     """L2 norm over all elements of all gradients: 0-dim fp32 tensor on their device (CPU for an empty list).
 
-    Deterministic; nothing waits for a GPU.
+    Deterministic; nothing waits for a GPU. Raises ValueError for integers, or a backend that cannot take them.
     """
     grads = list(grads)
     if not grads:
         return torch.zeros(())
+    _check_floating("grads", grads)
     return stages.norm(grads, backend)
 
 
@@ -142,18 +143,33 @@ def _per_tensor(
     return steps, decays, clamped
 
 
-def _scalar(name: str, value: Tensor | None, groups: dict[str, list[Tensor]]) -> Tensor | None:
-    """As the backends read it: 0-dim fp32 on the parameters' device."""
-    if value is None:
+def _scalar(name: str, value: Tensor | float | None, params: list[Tensor]) -> Tensor | None:
+    """A tensor as the backends read it: 0-dim fp32 on the parameters' device; None for what is none."""
+    if not isinstance(value, Tensor):
         return None
     if value.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a scalar")
-    return value.detach().reshape(()).to(device=groups["params"][0].device, dtype=torch.float32)
+    return value.detach().reshape(()).to(device=params[0].device if params else None, dtype=torch.float32)
+
+
+def _check_hyper(lr: float, eps: float, betas: dict[str, float], ema_decay: float, clip_norm: float | None) -> None:
+    """Backends would each make something else of these: a negative clip_norm turns gradients round, or does nothing."""
+    for name, value in (("lr", lr), ("eps", eps)):
+        if not value >= 0.0:
+            raise ValueError(f"{name} is {value}, expected 0 or more")
+    for name, value in betas.items():
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} is {value}, expected 0 to below 1")
+    if not 0.0 <= ema_decay <= 1.0:
+        raise ValueError(f"ema_decay is {ema_decay}, expected 0 to 1")
+    if clip_norm is not None and not clip_norm > 0.0:
+        raise ValueError(f"clip_norm is {clip_norm}, expected a positive number, or None for no clipping")
 
 
 def _check(groups: dict[str, list[Tensor]]) -> None:
     """Every list as long as params; entry i of every list like params[i]; one device."""
     params = groups["params"]
+    _check_floating("params", params)
     shapes, dtypes = [param.shape for param in params], [param.dtype for param in params]
     devices = {param.device for param in params}
     for name, group in groups.items():
@@ -171,6 +187,13 @@ def _check(groups: dict[str, list[Tensor]]) -> None:
             raise ValueError(f"{name}[{odd}] is on {group[odd].device}, params[0] on {params[0].device}")
         if "copies" in name and not all(map(Tensor.is_contiguous, group)):
             raise ValueError(f"{name} holds a tensor that is not contiguous")
+
+
+def _check_floating(name: str, tensors: list[Tensor]) -> None:
+    for dtype in {tensor.dtype for tensor in tensors}:
+        if not dtype.is_floating_point:
+            odd = next(i for i, tensor in enumerate(tensors) if tensor.dtype == dtype)
+            raise ValueError(f"{name}[{odd}] has dtype {dtype}, expected a floating-point dtype")
 
 
 def _first_odd(name: str, group: list[Tensor], shapes: list[torch.Size], dtypes: list[torch.dtype]) -> str:

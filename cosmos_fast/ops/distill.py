@@ -195,8 +195,10 @@ def _check_arguments(features: list[Tensor], student_scale: Tensor, teacher_scal
     for label, scale in (("student_scale", student_scale), ("teacher_scale", teacher_scale)):
         if scale.dim() != 0:
             raise ValueError(f"{NAME}: {label} has shape {tuple(scale.shape)}, expected a scalar tensor")
-        if scale.device != student_a.device:
-            raise ValueError(f"{NAME}: {label} is on {scale.device}, expected {student_a.device} like student_a")
+        if not scale.is_floating_point() or scale.device != student_a.device:
+            raise ValueError(
+                f"{NAME}: {label} is {scale.dtype} on {scale.device}, expected a float on {student_a.device}"
+            )
 
 
 register(

@@ -1,4 +1,4 @@
-"""The multi-view loss as an operation of torch: custom ops, compilation without graph breaks, autocast."""
+"""The multi-view loss as an operation of torch: custom ops, compilation."""
 
 from __future__ import annotations
 
@@ -28,22 +28,12 @@ def test_stages_are_well_formed_operations(dtype: torch.dtype) -> None:
         torch.library.opcheck(_feature_gradients, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_whole_with_the_same_results(compiler: str) -> None:
-    compiled = torch.compile(multiview_infonce, fullgraph=True, backend=compiler)
+@pytest.mark.slow
+def test_compiles_whole_with_the_same_results() -> None:
+    """By inductor; that there is no graph break is asked of every operation and backend."""
+    compiled = torch.compile(multiview_infonce, fullgraph=True, backend="inductor")
     inputs = _inputs()
     expected = multiview_infonce(*inputs)
     actual = compiled(*inputs)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(torch.autograd.grad(actual, inputs), torch.autograd.grad(expected, inputs))
-
-
-@pytest.mark.parametrize("backend", ["tiled", "eager"])
-def test_autocast_changes_nothing(backend: str) -> None:
-    inputs = _inputs()
-    expected = multiview_infonce(*inputs, backend=backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = multiview_infonce(*inputs, backend=backend)
-    gradients = torch.autograd.grad(actual, inputs)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, inputs), rtol=1e-6, atol=1e-9)
