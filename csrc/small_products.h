@@ -79,10 +79,13 @@ COSMOS_INLINE void product(const Strided& a, const float* b, int64_t b_row, floa
   if (j < n) columns<1>(a, b + j, b_row, c + j, c_row, m, k);
 }
 
-#define COSMOS_PAIR(name, a0, a1, a2, a3, a4, a5, a6, a7)              \
-  COSMOS_INLINE Vec name(const Vec& x, const Vec& y) {                  \
-    return __builtin_shufflevector(x, y, a0, a1, a2, a3, a4, a5, a6, a7); \
-  }
+#ifdef __clang__
+#define COSMOS_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else /* GCC knows the other from version 12 on */
+#define COSMOS_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, IntVec{__VA_ARGS__})
+#endif
+#define COSMOS_PAIR(name, ...) \
+  COSMOS_INLINE Vec name(const Vec& x, const Vec& y) { return COSMOS_SHUFFLE(x, y, __VA_ARGS__); }
 COSMOS_PAIR(even_singles, 0, 8, 1, 9, 4, 12, 5, 13)
 COSMOS_PAIR(odd_singles, 2, 10, 3, 11, 6, 14, 7, 15)
 COSMOS_PAIR(even_pairs, 0, 1, 8, 9, 4, 5, 12, 13)
@@ -90,6 +93,7 @@ COSMOS_PAIR(odd_pairs, 2, 3, 10, 11, 6, 7, 14, 15)
 COSMOS_PAIR(low_halves, 0, 1, 2, 3, 8, 9, 10, 11)
 COSMOS_PAIR(high_halves, 4, 5, 6, 7, 12, 13, 14, 15)
 #undef COSMOS_PAIR
+#undef COSMOS_SHUFFLE
 
 /* 8 x 8 in registers: x, rows `row` apart -> out, rows `out_row` apart. */
 COSMOS_INLINE void transpose_tile(const float* x, int64_t row, float* out, int64_t out_row) {
