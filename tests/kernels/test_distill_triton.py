@@ -25,7 +25,10 @@ SHAPES = [
     (1, 1, 1, 1, 130, 64, 48, 48),
     (8, 1, 8, 1, 1, 7, 32, 32),
     (1, 1, 1, 1, 20, 20, 512, 512),
+    (5, 6, 5, 1, 1, 1, 32, 32),
+    (4, 7, 1, 7, 1, 7, 32, 48),
 ]
+SCALES = [1.0, 100.0]
 
 
 def _inputs(shape: tuple[int, ...], device: str, scale: float = 14.3) -> dict[str, Tensor]:
@@ -65,7 +68,7 @@ def test_shapes(shape, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("scale", SCALES)
 def test_dtypes_and_scales(dtype, scale, device):
     _check({name: x.to(dtype) for name, x in _inputs(SHAPES[2], device, scale).items()})
 
@@ -89,9 +92,10 @@ def test_teacher_of_another_dtype(device):
 @pytest.mark.parametrize("magnitude", [1e-3, 30.0, 300.0])
 def test_norms_far_from_one(magnitude, device):
     inputs = _inputs(SHAPES[1], device, 1.0)
-    # Logits reach magnitude squared, and one rounding of them shows in the exponentials.
-    rounding = magnitude**2 * torch.finfo(torch.float32).eps
-    _check({name: magnitude * x if x.dim() else x for name, x in inputs.items()}, extra_floor=rounding)
+    # At logits of 900 one rounding is 256 units of an exponential, and it is chance whether it falls on one that
+    # counts, here or in eager: one gradient of nine is off by 35 units where eager is by 7.
+    extra = 24 * torch.finfo(torch.float32).eps
+    _check({name: magnitude * x if x.dim() else x for name, x in inputs.items()}, extra_floor=extra)
 
 
 def test_identical_features(device):

@@ -47,9 +47,10 @@ def test_loss_and_gradients(views_a, views_b, batch, dim, scale, dtype):
         "scale": torch.tensor(scale, device="cuda"),
     }
     truth = outcome(reference.multiview_infonce, inputs, torch.float64)
-    assert_no_worse(
-        outcome(CUDA, inputs), outcome(reference.multiview_infonce, inputs), truth, extra_floor=2e-6 * scale
-    )
+    # Forward and backward add a product in different orders: with one sample, a gradient of exactly zero comes out as a
+    # few units in the last place of its logit.
+    extra = 12 * torch.finfo(torch.float32).eps
+    assert_no_worse(outcome(CUDA, inputs), outcome(reference.multiview_infonce, inputs), truth, extra_floor=extra)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

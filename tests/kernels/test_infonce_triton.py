@@ -28,10 +28,27 @@ def scalar(value: float, device: str) -> Tensor:
     return torch.tensor(value, device=device)
 
 
-def rounding_of_logits(a: Tensor, b: Tensor, scale: Tensor) -> float:
-    """Log-sum-exps are kept in fp32: an error of half a unit in their last place is one of each probability."""
-    largest = a.double().norm(dim=2).max() * b.double().norm(dim=2).max() * scale.double().abs()
-    return largest.item() * torch.finfo(FLOAT).eps
+# A log-sum-exp is one fp32 number: at 100, half a unit in its last place is 32 units of every probability of its row.
+# PyTorch's own softmax keeps peak and sum apart and can be all but exact, so its error alone is no measure. Rows err
+# independently: 111 of 115 results obey the rule as it stands, the worst (logits of 12870) is 15 units off.
+EXTRA = 12 * torch.finfo(torch.float32).eps  # 16 with the four that every fp32 result is allowed
+
+# views of a, views of b, batch, dim, scale, dtype
+CASES = [
+    (3, 1, 1, 32, 1.0, FLOAT),
+    (8, 2, 7, 48, 14.3, FLOAT),
+    (2, 1, 64, 512, 100.0, FLOAT),
+    (1, 1, 7, 8192, 14.3, FLOAT),
+    (1, 2, 130, 100, 14.3, FLOAT),
+    (5, 4, 7, 100, 100.0, HALF),
+    (1, 2, 130, 48, 14.3, HALF),
+    (1, 1, 64, 512, 1.0, HALF),
+    (6, 7, 1, 32, 14.3, BFLOAT16),
+    (2, 1, 130, 100, 100.0, BFLOAT16),
+    (1, 1, 64, 512, 14.3, BFLOAT16),
+]
+COLUMNS = [(7, 21, 0), (7, 21, 14), (64, 200, 100), (130, 140, 9)]  # batch, columns, offset
+EXTREMES = ["one column", "tiny", "huge", "wide range", "negative scale", "zero"]
 
 
 def compare(a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = ()) -> Outcome:
@@ -40,27 +57,12 @@ def compare(a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = (
     truth = outcome(reference.multiview_infonce, inputs, torch.float64, without_gradient=without)
     eager = outcome(reference.multiview_infonce, inputs, without_gradient=without)
     found = outcome(TRITON, inputs, without_gradient=without)
-    assert_no_worse(found, eager, truth, extra_floor=rounding_of_logits(a, b, scale))
+    assert_no_worse(found, eager, truth, extra_floor=EXTRA)
     assert found.outputs["output 0"].dtype == FLOAT
     return found
 
 
-@pytest.mark.parametrize(
-    ("views_a", "views_b", "batch", "dim", "scale", "dtype"),
-    [
-        (1, 1, 1, 32, 1.0, FLOAT),
-        (8, 2, 7, 48, 14.3, FLOAT),
-        (2, 1, 64, 512, 100.0, FLOAT),
-        (1, 1, 7, 8192, 14.3, FLOAT),
-        (1, 2, 130, 100, 14.3, FLOAT),
-        (3, 2, 7, 100, 100.0, HALF),
-        (1, 2, 130, 48, 14.3, HALF),
-        (1, 1, 64, 512, 1.0, HALF),
-        (1, 8, 7, 32, 14.3, BFLOAT16),
-        (2, 1, 130, 100, 100.0, BFLOAT16),
-        (1, 1, 64, 512, 14.3, BFLOAT16),
-    ],
-)
+@pytest.mark.parametrize(("views_a", "views_b", "batch", "dim", "scale", "dtype"), CASES)
 def test_no_worse_than_eager_in_the_same_dtype(
     views_a: int, views_b: int, batch: int, dim: int, scale: float, dtype: torch.dtype, device: str
 ) -> None:
@@ -69,7 +71,7 @@ def test_no_worse_than_eager_in_the_same_dtype(
     assert found.gradients["a_VBD"].dtype == dtype
 
 
-@pytest.mark.parametrize(("batch", "columns", "offset"), [(7, 21, 0), (7, 21, 14), (64, 200, 100), (130, 140, 9)])
+@pytest.mark.parametrize(("batch", "columns", "offset"), COLUMNS)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_local_rows_against_more_columns(batch: int, columns: int, offset: int, scale: float, device: str) -> None:
     """Diagonals that cross tiles at an angle; eager is computed in fp32."""
@@ -81,10 +83,10 @@ def test_local_rows_against_more_columns(batch: int, columns: int, offset: int, 
     eager_op = partial(multiview_infonce, offset=offset, backend="eager")
     truth, eager = outcome(eager_op, inputs, torch.float64), outcome(eager_op, inputs)
     found = outcome(partial(TRITON, offset=offset), inputs)
-    assert_no_worse(found, eager, truth, extra_floor=rounding_of_logits(*inputs.values()))
+    assert_no_worse(found, eager, truth, extra_floor=EXTRA)
 
 
-@pytest.mark.parametrize("name", ["one column", "tiny", "huge", "wide range", "negative scale", "zero"])
+@pytest.mark.parametrize("name", EXTREMES)
 def test_extreme_features(name: str, device: str) -> None:
     a, b, scale = features(2, 70, 48, device), features(1, 70, 48, device, seed=1), 14.3
     if name == "one column":

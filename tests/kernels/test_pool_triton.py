@@ -30,6 +30,7 @@ SHAPES = [
     (7, 5, 12, 48, 3),
     (1, 8, 20, 33, 11),
 ]
+MANY = [(64, 4, 2, 32, 2), (130, 6, 12, 32, 2)]
 
 
 def _inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str, size: float = 1.0) -> dict[str, Tensor]:
@@ -57,13 +58,15 @@ def _pool(tokens_BLD: Tensor, queries_BVD: Tensor, heads: int, backend: str, **p
     return cross_attention_pool(tokens_BLD, queries_BVD, PoolWeights(**parameters, heads=heads), backend=backend)
 
 
-def _check(inputs: dict[str, Tensor], heads: int) -> Outcome:
+def _check(inputs: dict[str, Tensor], heads: int, without_gradient: tuple[str, ...] = ()) -> Outcome:
+    judged = partial(outcome, inputs=inputs, without_gradient=without_gradient)
     oracle = partial(reference.cross_attention_pool, heads=heads)
-    found = outcome(partial(_pool, heads=heads, backend="triton"), inputs)
+    found = judged(partial(_pool, heads=heads, backend="triton"))
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in found.gradients.items())
-    # fp32 is interpreted only, to check the formulas: the LayerNorm after the product costs it a few roundings.
-    extra = 4e-6 if inputs["tokens_BLD"].dtype == torch.float32 else 0.0
-    assert_no_worse(found, outcome(oracle, inputs), outcome(oracle, inputs, torch.float64), extra_floor=extra)
+    # fp32 is interpreted only, to check the formulas. The LayerNorm after the product costs it a few roundings:
+    # gradients have up to 3.8 times eager's error, at most 4 units beyond three times.
+    extra = 8 * torch.finfo(torch.float32).eps if inputs["tokens_BLD"].dtype == torch.float32 else 0.0
+    assert_no_worse(found, judged(oracle), judged(oracle, dtype=torch.float64), extra_floor=extra)
     return found
 
 
@@ -71,6 +74,13 @@ def _check(inputs: dict[str, Tensor], heads: int) -> Outcome:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_output_and_every_gradient(shape, dtype, device):
     _check(_inputs(shape, dtype, device), shape[4])
+
+
+@pytest.mark.parametrize("shape", MANY, ids=str)
+def test_many_samples(shape, device):
+    """With more than a hundred the forward pass alone: the interpreter takes 10 ms a sample and kernel."""
+    inputs = _inputs(shape, torch.float16, device)
+    _check(inputs, shape[4], without_gradient=tuple(inputs) if shape[0] > 100 else ())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
