@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# Graphs of one part. torch's own limit, past which it goes on uncompiled, is 8: two widths, with and without gradients,
+# in inference mode, under autocast and not (evaluation) come to more.
+MOST_GRAPHS = 32
+
 
 @dataclass(frozen=True)
 class Savings:
@@ -57,4 +61,7 @@ class _NoView(torch.autograd.Function):
 
 @cache
 def _compiled(part: Callable[..., Any], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # as older versions call it
+    setattr(limits, name, max(getattr(limits, name), MOST_GRAPHS))
     return torch.compile(part, backend=compiler)

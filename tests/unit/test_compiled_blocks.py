@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cosmos_fast.model import CosmosModel, compute
 from cosmos_fast.model.packing import PackedLayout, SequenceGroup
-from cosmos_fast.model.transformer import Transformer
+from cosmos_fast.model.savings import Savings
+from cosmos_fast.model.transformer import ResidualBlock, Transformer
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.transfer import move
 from tests.unit.test_savings import CPU, batch, make, run, with_savings
@@ -59,10 +60,28 @@ def test_lengths_and_batches_share_the_graphs(graphs: list) -> None:
     for seed in range(2):
         use(seed)
     after_two = len(graphs)
-    for seed in range(2, 8):
+    for seed in range(2, 20):
         use(seed)
     assert 0 < after_two <= MOST_GRAPHS
     assert len(graphs) == after_two
+
+
+def test_more_kinds_of_use_than_torch_would_compile(graphs: list) -> None:
+    """A run that evaluates and takes all negatives comes to more than torch's limit, past which it silently compiles no
+    further: here an error."""
+    config = torch._dynamo.config
+    limit, failing = "recompile_limit", "fail_on_recompile_limit_hit"
+    if not hasattr(config, limit):  # older versions
+        limit, failing = "cache_size_limit", "fail_on_cache_limit_hit"
+    part = Savings(compiler=compute.COMPILER)
+    with config.patch(**{limit: 8, failing: True}):
+        for kind, width in enumerate((16, 24, 32, 40, 48), start=1):
+            block, x_TD = ResidualBlock(width, 2), torch.randn(7, width)
+            expected = block.project(x_TD)
+            for mode in (torch.enable_grad(), torch.no_grad()):
+                with mode:
+                    torch.testing.assert_close(part.run(ResidualBlock.project, block, x_TD), expected)
+            assert len(graphs) == 2 * kind
 
 
 def assert_near(model: CosmosModel, plain: CosmosModel, inputs: tuple[list[Tensor], Tensor]) -> None:
