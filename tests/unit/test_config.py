@@ -112,6 +112,7 @@ def test_later_override_wins_and_section_can_be_given_whole() -> None:
         ("compute.checkpoint=mlp", "did you mean 'compute.checkpoint_activations'"),
         ("compute.fp8_backend=te", "set compute.linear=fp8"),
         ("compute={compile: true, layer_norm: apex}", "set compute.layer_norm=torch"),
+        ("compute={checkpoint_activations: mlp, layer_norm: triton}", "set compute.layer_norm=torch, or"),
     ],
 )
 def test_mistake_is_one_line_that_names_the_key(override: str, message: str) -> None:
