@@ -17,7 +17,10 @@ from cosmos_fast.model.fp8 import use_fp8_linear
 from cosmos_fast.utils import capabilities
 from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import make_trainer, tiny_config
-from tests.unit.test_savings import batch, make, run
+from tests.unit.test_compiled_blocks import graphs, transformed
+from tests.unit.test_savings import batch, make, run, with_savings
+
+__all__ = ["graphs"]
 
 CUDA = torch.device("cuda")
 
@@ -130,6 +133,22 @@ def test_emulated_torchao_is_near_and_leaves_names_alone() -> None:
     for name in filter(lambda name: name.startswith("visual.transformer"), expected):
         near = F.cosine_similarity(found[name].flatten(), expected[name].flatten(), dim=0)
         assert near > 0.98, (name, near)
+
+
+def test_compiled_they_give_the_same_bits_from_few_graphs(graphs: list) -> None:
+    """Rows that 16 divides need no padding and have graphs of their own; nothing else makes new ones."""
+    pytest.importorskip("torchao.float8")
+    plain = make()
+    compiled = with_savings(plain, compile=True)
+    for model in (plain, compiled):
+        use_fp8_linear(blocks_of(model), "torchao", torch.device("cpu"), emulate=True)
+    made = []
+    for tokens in (33, 32, 41, 48, 57, 64):
+        expected, found = (transformed(model.transformer, tokens, "cpu") for model in (plain, compiled))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        made.append(len(graphs))
+    assert 0 < made[0] < made[1] <= 2 * made[0]
+    assert made[2:] == [made[1]] * 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
