@@ -7,6 +7,7 @@ import pytest
 from cosmos_fast import CosmosLoss
 from cosmos_fast.config import ComputeConfig
 from cosmos_fast.model.transformer import Transformer
+from cosmos_kernels import attention_native
 from tests import attention_fakes
 from tests.golden import GOLDEN_FILES, Golden, assert_close_to_max
 from tests.golden_runs import (
@@ -43,9 +44,11 @@ def test_losses_and_every_gradient(golden: Golden, backend: str) -> None:
 
 
 @pytest.mark.parametrize("prune", [True, False], ids=["pruned", "unpruned"])
-@pytest.mark.parametrize("attention", ["sdpa", *attention_fakes.FAKES])
+@pytest.mark.parametrize("attention", ["sdpa", "native", *attention_fakes.FAKES])
 def test_every_attention_backend(golden: Golden, attention: str, prune: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backends that need a GPU or a package run on stand-ins; all but sdpa pack every caption at its own length."""
+    if attention == "native" and (reason := attention_native.why_missing()) is not None:
+        pytest.skip(reason)
     if attention in attention_fakes.FAKES:
         attention = attention_fakes.use(attention, monkeypatch)
     if not prune:
