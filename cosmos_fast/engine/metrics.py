@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import write_atomic
 
 
@@ -29,14 +31,27 @@ class JsonlSink:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append and flush: a row survives the process."""
-        self._file.write(to_json(row) + "\n")
-        self._file.flush()
+        """Append and flush: a row survives the process. UserError where the disk is full."""
+        with self._one_line():
+            self._file.write(to_json(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Force the rows to disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._one_line():
+            try:
+                os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written ({error}): make room, then continue with --resume"
+            ) from None
 
 
 class Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,17 +51,16 @@ class RunPlan:
     @contextmanager
     def begin(self, config: TrainConfig) -> Iterator[None]:
         """Make the folder ready and hold it; the first thing that writes to disk."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder {self.folder} cannot be made ({error}): set run.out_dir") from None
-        with FolderLock(self.folder):
-            if self.overwrite:
-                _clear(self.folder)
-            checkpoint.supersede_after(self.checkpoints, self.state.step)
-            drop_rows_after(self.metrics_file, self.state.step)
-            write_atomic(self.folder / "config.yaml", dump_config(config))
-            handler = log_to_file(self.folder / "log.txt")
+        with ExitStack() as held:
+            with _one_line(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FolderLock(self.folder))
+                if self.overwrite:
+                    _clear(self.folder)
+                checkpoint.supersede_after(self.checkpoints, self.state.step)
+                drop_rows_after(self.metrics_file, self.state.step)
+                write_atomic(self.folder / "config.yaml", dump_config(config))
+                handler = log_to_file(self.folder / "log.txt")
             try:
                 yield
             except BaseException as error:
@@ -138,6 +137,14 @@ def _log_reason(handler: logging.Handler, error: BaseException) -> None:
     """Leave the end of a run in log.txt only: on the terminal the command reports it."""
     message = f"{type(error).__name__}: {error}"
     handler.handle(logging.LogRecord(__name__, logging.ERROR, __file__, 0, message, None, None))
+
+
+@contextmanager
+def _one_line(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be written ({error}): make room, or set run.out_dir") from None
 
 
 def _clear(folder: Path) -> None:

@@ -172,6 +172,36 @@ def test_resume_before_the_first_checkpoint_starts_from_scratch(tmp_path: Path) 
     assert len(rows_of(finished)) == 6
 
 
+@pytest.mark.parametrize("blocked", [".lock", "config.yaml", "log.txt"])
+def test_a_run_folder_that_cannot_be_written_is_one_line(blocked: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path))
+    (trainer.plan.folder / blocked / "in the way").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"run folder .* cannot be written .*set run\.out_dir"):
+        trainer.fit()
+    assert trainer.state.step == 0
+    (trainer.plan.folder / blocked / "in the way").rmdir()
+    (trainer.plan.folder / blocked).rmdir()
+    assert trainer.fit().step == 6  # the lock was given back
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_rows_that_find_no_room_end_the_run_in_one_line(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_config(tmp_path, "run.log_every_steps=3", "run.checkpoint_every_steps=2"))
+    trainer.hooks[0] = FillDisk()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written .*No space left.* continue with --resume"):
+        trainer.fit()
+    assert checkpoint.newest_valid(trainer.plan.checkpoints) is not None
+
+
+class FillDisk:
+    """From the second step on there is no room for rows."""
+
+    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
+        if trainer.state.step == 2:
+            (sink,) = trainer.metrics._sinks
+            os.dup2(os.open("/dev/full", os.O_WRONLY), sink._file.fileno())  # type: ignore[attr-defined]
+
+
 def test_two_trainers_cannot_share_a_folder(tmp_path: Path) -> None:
     trainer = make_trainer(tiny_config(tmp_path))
     trainer.plan.folder.mkdir(parents=True)
