@@ -20,7 +20,7 @@ import click
 import torch
 from torch import Tensor
 
-from benchmarks import graphs, rows, sweeps
+from benchmarks import graphs, parts, rows, sweeps
 from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
 from benchmarks.rows import Row
 from benchmarks.sweep import copy_bytes_per_s
@@ -130,7 +130,11 @@ def check(setting: Setting) -> None:
     exact = Inputs(*(tensor.detach().double().requires_grad_() for tensor in inputs))
     sides = []
     for norm, leaves in ((partial(add_layer_norm, backend=setting.backend), inputs), (separate, exact)):
-        outputs = norm(*leaves)
+        # As it is timed; but autocast would take the truth to fp32.
+        with torch.autocast(
+            setting.device, dtype=torch.bfloat16, enabled=setting.device == "cuda" and leaves is inputs
+        ):
+            outputs = norm(*leaves)
         gradients = torch.autograd.grad(outputs, list(leaves), [torch.ones_like(y) / (1 + y.abs()) for y in outputs])
         names = ("y", "normed", *(f"gradient of {name}" for name in Inputs._fields))
         sides.append(dict(zip(names, (*(output.detach() for output in outputs), *gradients), strict=True)))
@@ -180,7 +184,7 @@ def measure_graphs(setting: Setting) -> Iterator[Row]:
         floor_us = 1e6 * size_bytes / rate
         more = {"baseline": "copy rate", "ratio": value / floor_us, "bar": 100 / bar_pct}
         yield setting.row(metric, value, "us", floor_pct=100 * floor_us / value, **more)
-        for name in times.keys() - {"ours"}:
+        for name in sorted(times.keys() - {"ours"}):
             ratio = graphs.median_ratio(times["ours"], times[name])
             yield setting.row(metric, value, "us", baseline=name, ratio=ratio, bar=1.0)
 
@@ -202,13 +206,10 @@ def least_bytes(setting: Setting) -> tuple[float, float]:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(count: int | None, dim: int, device: str, backend: str | None, repeats: int, out: Path | None) -> None:
     backend = backend or ("triton" if device == "cuda" else "eager")
-    found: list[Row] = []
-    for stream in STREAMS if device == "cuda" else ("fp32",):
-        setting = Setting(count or ROWS[device], dim, stream, device, backend, repeats)
-        found += measure_graphs(setting) if device == "cuda" else measure_time(setting)
-        path = rows.write(found, out)
-    rows.show(found)
-    click.echo(f"wrote {path}")
+    measure = measure_graphs if device == "cuda" else measure_time
+    streams = STREAMS if device == "cuda" else ("fp32",)
+    settings = [Setting(count or ROWS[device], dim, stream, device, backend, repeats) for stream in streams]
+    parts.measure([(setting.stream, partial(measure, setting)) for setting in settings], out)
 
 
 sweeps.offer(command, "layer_norm")
