@@ -65,6 +65,7 @@ def why_too_long(max_queries: int, max_keys: int) -> str | None:
     return f"sequences of {longest} tokens, it takes at most {MAX_TOKENS}" if longest > MAX_TOKENS else None
 
 
+@functools.cache
 def sharing(max_queries: int, max_keys: int) -> int:
     """How many sequences of these lengths one program takes: the number that costs least a sequence."""
 

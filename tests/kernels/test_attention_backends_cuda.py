@@ -15,7 +15,7 @@ from tests import attention_fakes
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HEADS, WIDTH = 4, 64
-LENGTHS = [37] * 5 + [197, 197, 1, 9, 77, 40]
+LENGTHS = [37] * 5 + [197, 197, 1, 9, 77, 40, 2, 16, 17, 196]
 NAMES = [backend.name for backend in backends._BACKENDS[OP]]
 SMALL = ModelConfig(
     embed_dim=64,

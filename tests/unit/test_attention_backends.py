@@ -59,6 +59,16 @@ def test_every_backend_computes_the_definition(backend, case, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("backend", attention_fakes.FAKES)
+def test_what_is_kept_of_the_sequences_is_of_one_mask(backend, monkeypatch):
+    """Blocks of a tower share their sequences; somebody may ask for both masks of them."""
+    name = attention_fakes.use(backend, monkeypatch)
+    parts, sequences = inputs(LENGTHS, LENGTHS), Sequences.from_lengths(LENGTHS)
+    for causal in (False, True, False):
+        found = packed_attention(*parts, sequences, causal=causal, backend=name)
+        torch.testing.assert_close(found, packed_attention(*parts, sequences, causal=causal, backend="sdpa"))
+
+
 @pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
 def test_the_triton_kernels_take_mixed_queries():
     """In the interpreter where there is no GPU; `test_attention_exactness.py` has the others."""

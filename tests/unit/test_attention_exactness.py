@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast.ops.attention import Sequences, packed_attention
+from cosmos_fast.ops import backends
+from cosmos_fast.ops.attention import OP, Sequences, packed_attention
 from cosmos_kernels import reference, triton_support
 from tests import attention_fakes
 from tests.kernels.truth import GRADIENT_FACTOR, OUTPUT_FACTOR, Outcome, assert_tensors_no_worse, outcome
@@ -19,14 +20,19 @@ from tests.kernels.truth import GRADIENT_FACTOR, OUTPUT_FACTOR, Outcome, assert_
 LENGTHS = [1, 2, 16, 17, 77, 196, 197]  # around tiles and the plain products of a CPU; crops and captions
 WIDTH = 16
 HALF = (torch.bfloat16, torch.float16)
+PACKAGES = {fake.split("-")[0] for fake in attention_fakes.FAKES}
+OURS = [backend for backend in backends._BACKENDS[OP] if backend.name not in PACKAGES]
 DTYPES = {
     "sdpa": (torch.float32, *HALF),
+    "native": (torch.float32,),
     "xformers": (torch.float32, *HALF),
     # fp32 is interpreted only, to check the formulas.
     "triton": (torch.float32, torch.bfloat16) if triton_support.INTERPRETED else HALF,
 }
 KINDS = [
-    (backend, dtype) for backend in ("sdpa", "triton", *attention_fakes.FAKES) for dtype in DTYPES.get(backend, HALF)
+    (name, dtype)
+    for name in (*(backend.name for backend in OURS), *attention_fakes.FAKES)
+    for dtype in DTYPES.get(name, HALF)
 ]
 
 
@@ -34,7 +40,7 @@ KINDS = [
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(("backend", "dtype"), KINDS, ids=str)
 def test_outputs_and_gradients(backend, dtype, causal, pruned, monkeypatch):
-    if backend == "triton" and (reason := triton_support.why_missing()) is not None:
+    if reason := next((known.why_unavailable() for known in OURS if known.name == backend), None):
         pytest.skip(reason)
     on_gpu = backend == "triton" and not triton_support.INTERPRETED
     name = attention_fakes.use(backend, monkeypatch) if backend in attention_fakes.FAKES else backend
