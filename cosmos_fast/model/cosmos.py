@@ -82,9 +82,11 @@ class CosmosModel(TextTower):
                 the precision shows in the first forward pass.
         """
         vision, text = self.visual, self.config.text
+        # The precision that each kind of device defaults to: some backends know one of them only.
+        dtype = torch.float32 if (device or self.logit_scale.device).type == "cpu" else torch.bfloat16
         for tower, longest in ((vision.transformer, vision.grid**2 + 1), (self.transformer, text.context_length)):
             if backend != "auto":
-                tower.attention_backend(longest, longest, request=backend, dtype=torch.bfloat16, device=device)
+                tower.attention_backend(longest, longest, request=backend, dtype=dtype, device=device)
         vision.transformer.attention = self.transformer.attention = backend
 
     def encode_image(self, images_BCHW: Tensor, normalize: bool = True) -> Tensor:
