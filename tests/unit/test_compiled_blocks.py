@@ -67,8 +67,8 @@ def test_lengths_and_batches_share_the_graphs(graphs: list) -> None:
 
 
 def test_more_kinds_of_use_than_torch_would_compile(graphs: list) -> None:
-    """A run that evaluates and takes all negatives comes to more than torch's limit, past which it silently compiles no
-    further: here an error."""
+    """A run that evaluates and takes all negatives reaches torch's limit, past which it silently compiles no further:
+    here an error."""
     config = torch._dynamo.config
     limit, failing = "recompile_limit", "fail_on_recompile_limit_hit"
     if not hasattr(config, limit):  # older versions
