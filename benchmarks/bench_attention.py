@@ -223,13 +223,13 @@ def least_work(case: Case) -> tuple[tuple[float, float], tuple[float, float]]:
 @click.option("--case", "names", type=click.Choice(NAMES), multiple=True, default=NAMES)
 @click.option("--count", type=click.IntRange(1), help="Sequences; default: 512, 1536, 1792 on a GPU, a 32nd on a CPU.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
-@click.option("--backend", help="What is measured; default: triton on a GPU, sdpa on a CPU.")
+@click.option("--backend", help="What is measured; default: triton on a GPU, native on a CPU.")
 @click.option("--repeats", type=click.IntRange(MIN_REPEATS), default=MIN_REPEATS, help="Timed repetitions.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(
     names: tuple[str, ...], count: int | None, device: str, backend: str | None, repeats: int, out: Path | None
 ) -> None:
-    setting = Setting(device, backend or ("triton" if device == "cuda" else "sdpa"), repeats)
+    setting = Setting(device, backend or ("triton" if device == "cuda" else "native"), repeats)
     parts.measure([(name, partial(measure, name, count, setting)) for name in names], out)
 
 
