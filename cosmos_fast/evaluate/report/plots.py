@@ -168,9 +168,10 @@ def _clip_loss(runs: Runs, over_compute: OverCompute, unit: str) -> Plot | None:
             curves.append(Curve(label, entity, over_compute(run, steps), smooth(values)))
     if not curves:
         return None
-    batch = runs[0][2].config.run.batch_size
     end = max(max(curve.x) for curve in curves)
-    curves.append(Curve(f"guessing, ln {batch}", "chance", [0, end], [math.log(batch)] * 2, dashed=True))
+    for label, entity, run in runs:
+        batch = run.config.run.batch_size
+        curves.append(Curve(f"{label}, guessing: ln {batch}", entity, [0, end], [math.log(batch)] * 2, dashed=True))
     caption = (
         "Contrastive term. COSMOS averages 16 image–caption view pairs, local captions among them; CLIP has one pair."
     )
