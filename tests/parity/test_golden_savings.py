@@ -7,7 +7,6 @@ layers are no part of this: they compute something near.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -221,9 +220,7 @@ def test_together_apex(golden: Golden, seen: Seen, tmp_path, monkeypatch) -> Non
 
 
 @IN_INTERPRETER
-@pytest.mark.skipif(
-    "COSMOS_LONG_TESTS" not in os.environ, reason="three minutes in the interpreter: COSMOS_LONG_TESTS=1"
-)
+@pytest.mark.long  # three minutes in the interpreter
 def test_together_every_triton_kernel(golden: Golden, seen: Seen, tmp_path, monkeypatch) -> None:
     """Attention, norms, pooling, losses and the optimizer, blocks made anew, all negatives."""
     compute = settings(attention="triton", layer_norm="triton", checkpoint_activations="blocks")

@@ -17,9 +17,8 @@ from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import dump_config
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch
-from cosmos_fast.engine.batch_trial import measure_peak
 from tests.tiny_run import make_trainer, tiny_config
-from tests.unit.test_batch_trial import measurable
+from tests.unit.test_batch_trial import ENVIRONMENT, measurable, python
 
 MIB, GIB = 2**20, 2**30
 
@@ -81,15 +80,23 @@ def test_trials_say_what_was_expected() -> None:
     assert all(trial.expected_bytes == trial.peak_bytes for trial in told[2:])
 
 
-def test_command_prints_the_setting_and_writes_nothing(tmp_path: Path, capfd) -> None:
-    config, file = measurable(tmp_path / "runs"), tmp_path / "config.yaml"
-    file.write_text(dump_config(config))
-    two_samples_bytes = measure_peak(config, 2, 100 * GIB)
-    assert two_samples_bytes is not None
-    limit_gib = (two_samples_bytes + 40 * MIB) / GIB
+TWO_SAMPLES = """
+import sys
+from pathlib import Path
+from cosmos_fast.engine.batch_trial import measure_peak
+from tests.unit.test_batch_trial import GIB, measurable
+
+print(measure_peak(measurable(Path(sys.argv[1]) / "runs"), 2, 100 * GIB))
+"""
+
+
+def test_command_prints_the_setting_and_writes_nothing(tmp_path: Path) -> None:
+    """In processes of their own: memory that other tests freed would serve a fork of this one."""
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(measurable(tmp_path / "runs")))
+    limit_gib = (int(output_of(python(TWO_SAMPLES, tmp_path))) + 40 * MIB) / GIB
     arguments = ["train", "--config", str(file), "--find-batch-size", "--memory-limit", str(limit_gib)]
-    assert run(command, arguments) == 0
-    lines = capfd.readouterr().out.splitlines()
+    lines = output_of([sys.executable, "-m", "cosmos_fast.cli.main", *arguments]).splitlines()
     found = re.fullmatch(r"--set run\.batch_size=(\d+)", lines[-1])
     assert found
     assert 4 <= int(found[1]) <= 30
@@ -99,6 +106,10 @@ def test_command_prints_the_setting_and_writes_nothing(tmp_path: Path, capfd) ->
     assert fitting[int(found[1])] <= limit_gib
     assert any(line.startswith("memory = ") for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def output_of(command_line: list[str]) -> str:
+    return subprocess.run(command_line, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,13 @@ from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import tiny_config
 
 MIB, GIB = 2**20, 2**30
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+
+
+def python(script: str, folder: Path) -> list[str]:
+    """The command line of a script in a process of its own."""
+    return [sys.executable, "-c", script, str(folder)]
 
 
 def measurable(folder: Path, *overrides: str) -> TrainConfig:
@@ -31,20 +38,24 @@ def measurable(folder: Path, *overrides: str) -> TrainConfig:
     return tiny_config(folder, f"model.vision={size}", "data.views.local_image_size=32", "run.threads=1", *overrides)
 
 
-@pytest.fixture(scope="module")
-def two_samples_bytes(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """Peak of the measured process with a batch of 2."""
-    peak = measure_peak(measurable(tmp_path_factory.mktemp("two")), 2, 100 * GIB)
-    assert peak is not None
-    return peak
+MEASURE = """
+import sys
+from pathlib import Path
+from cosmos_fast.engine.batch_trial import measure_peak
+from tests.unit.test_batch_trial import GIB, measurable
+
+config = measurable(Path(sys.argv[1]))
+small, large = (measure_peak(config, size, 100 * GIB) for size in (2, 10))
+print(small, large, measure_peak(config, 10, (small + large) // 2))
+"""
 
 
-def test_one_process_measures_one_size(two_samples_bytes: int, tmp_path: Path) -> None:
-    config = measurable(tmp_path)
-    large = measure_peak(config, 10, 100 * GIB)
-    assert large is not None
-    assert 1 * MIB < (large - two_samples_bytes) / 8 < 30 * MIB
-    assert measure_peak(config, 10, (two_samples_bytes + large) // 2) is None  # ended on the way
+def test_one_process_measures_one_size(tmp_path: Path) -> None:
+    """From a process of its own, as a command is: memory that other tests freed would serve a fork of this one."""
+    done = subprocess.run(python(MEASURE, tmp_path), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    small, large, ended_on_the_way = done.stdout.split()
+    assert 1 * MIB < (int(large) - int(small)) / 8 < 30 * MIB
+    assert ended_on_the_way == "None"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -72,10 +83,7 @@ batch_trial.measure_peak(tiny_config(sys.argv[1]), 1, 2**50)
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks /proc whether a process still runs")
 def test_a_search_that_is_killed_leaves_no_trial_behind(tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    command_line = [sys.executable, "-c", SEARCH, str(tmp_path)]
-    search = subprocess.Popen(command_line, stdout=subprocess.PIPE, text=True, env=environment)
+    search = subprocess.Popen(python(SEARCH, tmp_path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert search.stdout is not None
     trial = int(search.stdout.readline())
     assert runs(trial)

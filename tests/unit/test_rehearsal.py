@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -28,18 +27,16 @@ def rehearse(name, tmp_path):
     return [Row(**row) for row in json.loads(path.read_text())]
 
 
-# What takes longer than a second or two: with COSMOS_REHEARSE=all, or in `gpu_check.py --rehearse`.
-LONG = ("step", "attention", "savings")
+LONG = ("step", "attention", "savings")  # more than a second or two
 
 
-def chosen(name):
+def marked(name):
     kind, bench = name.split()[:2]
-    if os.environ.get("COSMOS_REHEARSE") == "all" or (kind == "bench" and bench not in LONG):
-        return name
-    return pytest.param(name, marks=pytest.mark.skip(reason="long: set COSMOS_REHEARSE=all"))
+    short = kind == "bench" and bench not in LONG
+    return pytest.param(name, marks=() if short else pytest.mark.long)
 
 
-@pytest.mark.parametrize("name", [chosen(name) for name in STEPS])
+@pytest.mark.parametrize("name", [marked(name) for name in STEPS])
 def test_every_benchmark_of_the_gpu_check_runs_and_meets_its_bars_names(name, tmp_path):
     found = rehearse(name, tmp_path)
     assert found
