@@ -52,6 +52,16 @@ def distilled(form, size):
     return [*pair, ratio("distill", f"{form}_peak_mib/{size}")]
 
 
+def saved(setting):
+    """Cells "time | memory" of an option that saves memory."""
+    return [ratio("savings", f"{metric}/{setting}") for metric in ("forward_backward_ms", "saved_mib")]
+
+
+def attention(case):
+    metric = f"forward_backward_ms/{case}"
+    return [ratio("attention", metric, name) for name in ("sdpa", "SDPA on padded sequences")]
+
+
 def losses(batch):
     time = [ratio("infonce", f"forward_backward_ms/{batch}"), get("infonce", f"forward_backward_ms/{batch}", "bar")]
     return [*time, ratio("infonce", f"peak_mib/{batch}"), ratio("infonce", f"saved_mib/{batch}")]
@@ -104,6 +114,14 @@ QUOTED = [
         "backward (`packed_text.json`) |",
         lambda: against_bar("packed_text", "forward_backward_ms", "peak_mib"),
     ),
+    (PERFORMANCE, "| `checkpoint_activations=mlp` |", lambda: saved("checkpoint_activations=mlp")),
+    (PERFORMANCE, "| `checkpoint_activations=blocks` |", lambda: saved("checkpoint_activations=blocks")),
+    (PERFORMANCE, "| `compile=true` |", lambda: saved("compile=True")),
+    (PERFORMANCE, "| both `compile=true` and `mlp` |", lambda: saved("compile=True, checkpoint_activations=mlp")),
+    (KERNELS, "| 16 crops of 197 tokens |", lambda: attention("global crops")),
+    (KERNELS, "| 48 crops of 37 tokens |", lambda: attention("local crops")),
+    (KERNELS, "| 56 captions of 12 to 66 tokens, causal |", lambda: attention("captions")),
+    (KERNELS, "| the captions, one query each |", lambda: attention("captions, one query")),
     (KERNELS, "| similarity, 2 x 2 views, B = 512, D = 512 |", lambda: distilled("similarity", "512")),
     (KERNELS, "| similarity, 2 x 2 views, B = 1024, D = 512 |", lambda: distilled("similarity", "1024")),
     (KERNELS, "| dense, M = 256, K = 16384 |", lambda: distilled("dense", "256x16384")),
