@@ -123,7 +123,11 @@ class Loader:
 
     def _next_raw(self) -> RawBatch:
         try:
-            return next(self._batches)
+            try:
+                return next(self._batches)
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                self._blame_a_dead_worker(error)
+                raise
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
                 raise
@@ -132,6 +136,17 @@ class Loader:
                 f"a data loader worker died ({str(error).splitlines()[0]}): it was killed, or memory or /dev/shm ran "
                 "out; lower data.workers, data.prefetch or run.batch_size and resume from the last checkpoint"
             ) from error
+
+    def _blame_a_dead_worker(self, error: Exception) -> None:
+        """A worker that dies while it hands a batch over breaks its connection before torch notices the death.
+
+        Raises:
+            RuntimeError: in torch's words, if a worker is dead or dies in the next moment; else nothing.
+        """
+        for worker in getattr(self._batches, "_workers", ()):
+            worker.join(0.2)
+            if worker.exitcode is not None:
+                raise RuntimeError(f"DataLoader worker (pid {worker.pid}) exited with {worker.exitcode}") from error
 
     def _finish(self, raw: RawBatch) -> Batch:
         self.account.settle(len(raw.keys), raw.faults)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -208,6 +209,28 @@ def test_workers_use_one_thread(opened: Any) -> None:
         assert take(loader, 1)[0].keys == ["1", "1"]
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), EOFError(), FileNotFoundError()])
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_connection_that_breaks_is_a_worker_that_died_only_if_one_did(
+    opened: Any, error: Exception, killed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is killed while it hands over a batch; else it is the shards' own error, raised in a worker."""
+    loader = opened(workers=1)
+    next(iter(loader))
+    if killed:
+        (worker,) = loader._batches._workers
+        worker.kill()
+        with contextlib.suppress(RuntimeError):  # of torch's handler of SIGCHLD
+            worker.join()
+
+    def broken(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(loader._batches), "__next__", broken)
+    with pytest.raises(UserError if killed else type(error), match="worker died" if killed else None):
+        next(iter(loader))
 
 
 def test_killed_worker_ends_in_one_clear_line_not_in_a_hang(opened: Any) -> None:
