@@ -2,7 +2,8 @@
 which size to try next. Only a size that has been run counts.
 
 Peak memory is flat while the parameters dominate, and a straight line in the batch once the activations do, so the line
-is drawn through the two largest sizes that fit.
+is drawn through the largest size that fits and one of at most half its size: between neighbours it would follow the
+noise of the measurement.
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ class BatchSizeSearch:
 
     @property
     def line(self) -> Line | None:
-        """Through the two largest sizes that fit; None before there are two, or where they do not rise."""
+        """Through the largest size that fits and the largest of at most half its size; None before there are two, or
+        where they do not rise."""
         points = sorted((t.batch_size, t.peak_bytes) for t in self.trials if t.peak_bytes is not None)
         if len(points) < 2:
             return None
-        (size, peak), (larger_size, larger_peak) = points[-2:]
-        slope = (larger_peak - peak) / (larger_size - size)
+        largest, largest_peak = points[-1]
+        size, peak = next(point for point in reversed(points) if 2 * point[0] <= largest)
+        slope = (largest_peak - peak) / (largest - size)
         return Line(peak - slope * size, slope) if slope > 0 else None
 
     def _next(self) -> int | None:

@@ -16,7 +16,7 @@ import pytest
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import dump_config
 from cosmos_fast.data.batch import Batch
-from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch
+from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch, Line, Trial
 from tests.tiny_run import make_trainer, tiny_config
 from tests.unit.test_batch_trial import ENVIRONMENT, measurable, python
 
@@ -60,6 +60,12 @@ def test_other_shapes_end_close_below_the_limit(peak: Callable[[int], float]) ->
     best = max(size for size in range(1, 2000) if peak(size) <= limit)
     assert peak(found) <= limit
     assert found >= 0.9 * best
+
+
+def test_the_line_does_not_follow_the_noise_between_neighbours() -> None:
+    trials = [Trial(4, 328), Trial(8, 366), Trial(9, 363)]  # 300 + 7 x batch, and 10 more at 8
+    search = BatchSizeSearch(lambda size: 0, 1000, trials=trials)
+    assert search.line == Line(base=300, slope=7)
 
 
 @pytest.mark.parametrize("best", [0, 1, 2, 3, 5, 9])
