@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from itertools import repeat
 
 import numpy as np
 
 from cosmos_fast.data import faults, tar
 from cosmos_fast.data.faults import Fault
 from cosmos_fast.data.index_file import IndexTables
+from cosmos_fast.data.shard_reader import open_shard
+from cosmos_fast.data.storage import RemoteShard, Shard, Storage
+from cosmos_fast.data.transport import StorageError
 from cosmos_fast.utils.errors import UserError
 
 _NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$")
 _MAX_SIZE = (1 << 32) - 1  # sizes are stored in 32 bits; a larger member is over every cap anyway
 _CUT = (faults.TRUNCATED_SHARD, faults.CORRUPT_SHARD)
 _THREADS = 8  # scanning waits for the disk more than it computes
+_REMOTE_THREADS = 32  # and for the network still more
+_WHOLE_THREADS = 4  # where shards go through the cache as a whole
 
 Sample = dict[str, tar.Member]  # extension -> member
 
 
-def build_tables(shards: list[Path], on_shard: Callable[[int, int], None] | None = None) -> IndexTables:
+def build_tables(
+    shards: Sequence[Shard], on_shard: Callable[[int, int], None] | None = None, storage: Storage | None = None
+) -> IndexTables:
     """Scan every shard. Bad shards are recorded in the tables' faults; UserError only for one that cannot be opened."""
     rows: list[_ShardRows] = []
     extensions: dict[str, int] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for number, (samples, problems) in enumerate(pool.map(scan_samples, shards)):
+    storage = storage or Storage()
+    with ThreadPoolExecutor(_threads(shards)) as pool:
+        for number, (samples, problems) in enumerate(pool.map(scan_samples, shards, repeat(storage))):
             rows.append(_ShardRows(samples, problems, extensions))
             if on_shard is not None:
                 on_shard(number + 1, len(shards))
     return _join(rows, list(extensions))
 
 
-def scan_samples(shard: Path) -> tuple[dict[str, Sample], list[Fault]]:
+def _threads(shards: Sequence[Shard]) -> int:
+    remote = [shard for shard in shards if isinstance(shard, RemoteShard)]
+    if not remote:
+        return _THREADS
+    return _REMOTE_THREADS if all(shard.facts.ranged for shard in remote) else _WHOLE_THREADS
+
+
+def scan_samples(shard: Shard, storage: Storage | None = None) -> tuple[dict[str, Sample], list[Fault]]:
     """Key -> members of one shard, in order of first appearance, and what was wrong with it."""
     samples: dict[str, Sample] = {}
     problems: list[Fault] = []
     try:
-        for member in tar.scan(shard, problems):
+        with open_shard(shard, storage or Storage()) as reader:
+            members = list(tar.scan(reader, problems))
+        for member in members:
             split = split_name(member.name)
             if split is None:
                 continue
@@ -53,6 +70,8 @@ def scan_samples(shard: Path) -> tuple[dict[str, Sample], list[Fault]]:
                 sample[extension] = member
     except OSError as error:
         raise UserError(f"cannot read shard {shard}: {error.strerror}") from error
+    except StorageError as error:
+        raise UserError(f"cannot read a shard: {error}") from error
     if len(samples) > 1 and any(problem.cause in _CUT for problem in problems):
         before, last = list(samples)[-2:]
         if len(samples[last]) < len(samples[before]):  # the cut took some of its members

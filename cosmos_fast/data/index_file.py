@@ -13,14 +13,16 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cosmos_fast.data import storage
 from cosmos_fast.data.faults import Fault
+from cosmos_fast.data.storage import Shard
 
 log = logging.getLogger(__name__)
 
@@ -58,20 +60,21 @@ class IndexTables:
     faults: list[Fault]
 
 
-def places(shards: list[Path]) -> list[Path]:
+def places(shards: Sequence[Shard]) -> list[Path]:
     """Where the index of these shards may lie: beside them, else in the user's cache."""
-    names = "\n".join(str(shard.absolute()) for shard in shards)
+    names = "\n".join(storage.address(shard) for shard in shards)
     name = f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.idx"
     cache = Path(os.environ.get("COSMOS_CACHE_DIR") or Path.home() / ".cache" / "cosmos-fast")
-    return [shards[0].absolute().parent / FOLDER / name, cache / "index" / name]
+    beside = storage.folder(shards[0])
+    return [*([beside / FOLDER / name] if beside else []), cache / "index" / name]
 
 
-def load(shards: list[Path]) -> tuple[Path | None, IndexTables | None]:
+def load(shards: Sequence[Shard]) -> tuple[Path | None, IndexTables | None]:
     """(file, tables) of a cache that fits these shards as they are now, else (None, None)."""
-    stamp = _stamp(shards)
+    current = stamp(shards)
     for path in places(shards):
         try:
-            tables = _read(path, stamp)
+            tables = _read(path, current)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -82,23 +85,23 @@ def load(shards: list[Path]) -> tuple[Path | None, IndexTables | None]:
     return None, None
 
 
-def save(shards: list[Path], tables: IndexTables) -> Path | None:
+def save(shards: Sequence[Shard], tables: IndexTables) -> Path | None:
     """Write the cache aside and rename it; the place, or None when no place can be written (a warning says so)."""
-    stamp = _stamp(shards)
+    current = stamp(shards)
     for path in places(shards):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, stamp, tables)
+            _write(path, current, tables)
         except OSError as error:
             log.debug("index cache not written to %s: %s", path, error)
             continue
         return path
-    log.warning("the index of %s cannot be cached: set COSMOS_CACHE_DIR to a writable folder", shards[0].parent)
+    log.warning("the index of %s, ... cannot be cached: set COSMOS_CACHE_DIR to a writable folder", shards[0])
     return None
 
 
 @contextlib.contextmanager
-def exclusive(shards: list[Path]) -> Iterator[None]:
+def exclusive(shards: Sequence[Shard]) -> Iterator[None]:
     """Hold the lock of this index if the file system offers one; going without costs a second scan, no harm."""
     with contextlib.ExitStack() as stack:
         for path in places(shards):
@@ -112,9 +115,9 @@ def exclusive(shards: list[Path]) -> Iterator[None]:
         yield
 
 
-def _stamp(shards: list[Path]) -> list[list[Any]]:
-    stats = [shard.stat() for shard in shards]
-    return [[shard.name, stat.st_size, stat.st_mtime_ns] for shard, stat in zip(shards, stats, strict=True)]
+def stamp(shards: Sequence[Shard]) -> list[list[Any]]:
+    """The version of each shard: name, bytes, modification time in ns or the server's tag."""
+    return [storage.stamp(shard) for shard in shards]
 
 
 def _write(path: Path, stamp: list[list[Any]], tables: IndexTables) -> None:

@@ -1,25 +1,37 @@
-"""From the path of a source to the list of its shards: a directory, a glob, a brace pattern or one file."""
+"""From the path of a source to the list of its shards: a directory, a glob, a brace pattern, one file, or URLs."""
 
 from __future__ import annotations
 
 import glob
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import braceexpand
 
+from cosmos_fast.data.storage import PIPE, RemoteShard, Shard, Storage
+from cosmos_fast.data.transport import MissingError, StorageError, shown
 from cosmos_fast.utils.errors import UserError
 
+_PROBES = 32  # at a time; each waits for the network
 
-def find_shards(path: str) -> list[Path]:
+
+def find_shards(path: str, storage: Storage | None = None) -> list[Shard]:
     """The shards a source path names, in a fixed order. UserError where one is missing or there is none.
 
-    `pipe:` and other URLs are refused: the first would run a shell command out of a config file, and neither can be
-    read at random offsets.
+    URLs are looked up now, all of them, so that a wrong one ends the run before any work. `pipe:` runs a shell command
+    out of a config file and is refused unless the storage allows it.
     """
-    if path.startswith("pipe:"):
-        raise UserError(f"data source {path!r}: pipe: URLs run a shell command, so they are refused; copy the shards")
-    if "://" in path:
-        raise UserError(f"data source {path!r}: URLs are not read; mount or copy the shards and give a file path")
+    storage = storage or Storage()
+    if path.startswith(PIPE) and not storage.allow_pipe:
+        raise UserError(
+            f"data source {shown(path)!r}: pipe: URLs run a shell command, so they are refused; give an https:// or "
+            "s3:// URL, or set data.allow_pipe=true if you trust this configuration"
+        )
+    if path.startswith("file://"):
+        path = unquote(urlsplit(path).path)
+    if path.startswith(PIPE) or "://" in path:
+        return list(_remote_shards(path, storage))
     names = _expand_braces(path)
     shards: list[Path] = []
     for name in names:
@@ -27,16 +39,48 @@ def find_shards(path: str) -> list[Path]:
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"data source {path!r}: shard {shard} is missing; check the path or the range of numbers")
-    return shards
+    return list(shards)
+
+
+def _remote_shards(path: str, storage: Storage) -> list[RemoteShard]:
+    try:
+        urls = [url for pattern in _expand_braces(path) for url in _listed(pattern, storage)]
+        with ThreadPoolExecutor(_PROBES) as pool:
+            return list(pool.map(storage.probe, urls))
+    except MissingError as error:
+        raise UserError(f"data source {shown(path)!r}: {error}; check the address or the range of numbers") from error
+    except StorageError as error:
+        raise UserError(f"data source {shown(path)!r}: {error}") from error
+
+
+def _listed(pattern: str, storage: Storage) -> list[str]:
+    """URLs of one address without braces: itself, or what a folder or a pattern holds where the storage can list."""
+    if pattern.startswith(PIPE):
+        return [pattern]
+    is_web = pattern.startswith(("http://", "https://"))
+    where = urlsplit(pattern).path if is_web else pattern
+    is_folder = where.endswith("/") or (not is_web and not Path(where).suffix)
+    if not is_folder and not ("*" in where or (not is_web and glob.has_magic(where))):
+        return [pattern]
+    if is_web:
+        raise UserError(
+            f"data source {shown(pattern)!r}: web servers do not list their files; name the shards with braces, such "
+            "as https://host/{00000..00575}.tar"
+        )
+    found = storage.listing(pattern.rstrip("/") + "/*.tar" if is_folder else pattern)
+    if not found:
+        raise UserError(f"data source {shown(pattern)!r} holds no .tar shards; check the address")
+    return found
 
 
 def _expand_braces(path: str) -> list[str]:
-    if Path(path).expanduser().exists():  # a name that merely contains braces
+    is_local = "://" not in path and not path.startswith(PIPE)
+    if is_local and Path(path).expanduser().exists():  # a name that merely contains braces
         return [path]
     try:
         return list(braceexpand.braceexpand(path))
     except ValueError as error:
-        raise UserError(f"data source {path!r}: unbalanced braces; write ranges as {{0000..0012}}") from error
+        raise UserError(f"data source {shown(path)!r}: unbalanced braces; write ranges as {{0000..0012}}") from error
 
 
 def _shards_of(name: str) -> list[Path]:

@@ -5,13 +5,12 @@ Reads ustar, GNU long names and PAX (path, size). Links, devices and sparse file
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cosmos_fast.data import faults
 from cosmos_fast.data.faults import Fault
+from cosmos_fast.data.shard_reader import ShardReader
 
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
@@ -28,24 +27,18 @@ class Member:
     size: int
 
 
-def scan(path: Path, problems: list[Fault]) -> Iterator[Member]:
-    """Yield the whole members of a shard in file order; what is wrong is appended to `problems` (never raised).
+def scan(reader: ShardReader, problems: list[Fault]) -> Iterator[Member]:
+    """Yield the whole members of a shard in file order; what is wrong with it is appended to `problems`.
 
-    A member that runs past the end of the file ends the scan: its name stands in the problem's detail.
+    A member that runs past the end of the file ends the scan: its name stands in the problem's detail. Raises what the
+    reader does: OSError, StorageError.
     """
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        yield from _scan(fd, os.fstat(fd).st_size, path.name, problems)
-    finally:
-        os.close(fd)
-
-
-def _scan(fd: int, file_size: int, shard: str, problems: list[Fault]) -> Iterator[Member]:
+    shard, file_size = reader.name, reader.size
     position = 0
     long_name: str | None = None
     pax: dict[str, str] = {}
     while position + BLOCK <= file_size:
-        header = os.pread(fd, BLOCK, position)
+        header = reader.read(position, BLOCK)
         if header == _ZERO_BLOCK:
             return
         if len(header) < BLOCK or not _checksum_holds(header):
@@ -63,7 +56,7 @@ def _scan(fd: int, file_size: int, shard: str, problems: list[Fault]) -> Iterato
             if size > _MAX_NAME_BYTES:
                 problems.append(Fault(faults.CORRUPT_SHARD, shard, f"a name of {size} bytes at byte {data}"))
                 return
-            text = os.pread(fd, size, data)
+            text = reader.read(data, size)
             if kind == b"L":
                 long_name = text.split(b"\0", 1)[0].decode("utf-8", "replace")
             else:

@@ -21,7 +21,7 @@ ALLOWED["recipes"] = {"recipes", "config", "utils"}
 KERNEL_USERS = ("ops", "cli")  # cli: doctor reports on the native libraries
 
 HOMES = ("triton", "deepspeed", "nvidia.dali", "tensorboard", "torch.utils.tensorboard", "wandb")
-HOMES += ("apex", "torchao", "transformer_engine", "flash_attn", "flash_attn_interface", "xformers")
+HOMES += ("fsspec", "apex", "torchao", "transformer_engine", "flash_attn", "flash_attn_interface", "xformers")
 
 
 def product_imports():

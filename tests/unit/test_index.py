@@ -184,7 +184,8 @@ def test_sources_by_folder_glob_braces_and_file_agree(tmp_path: Path) -> None:
         ("{folder}/x*.tar", ["no file matches"]),
         ("{folder}/..", ["give one of its folders"]),
         ("pipe:cat {folder}/00000.tar", ["pipe:", "shell command"]),
-        ("s3://bucket/00000.tar", ["URLs", "mount or copy"]),
+        ("nosuch://bucket/00000.tar", ["nosuch", "rotocol"]),
+        ("https://host/folder/", ["do not list", "braces"]),
         ("{folder}/{{00000..", ["braces"]),
     ],
 )
