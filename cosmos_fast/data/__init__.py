@@ -1,5 +1,6 @@
 """From tar shards to batches: index, order, augmentation numbers, captions, crops and the loader over them.
 
-Reading order: tar -> sources -> index -> order -> rng -> augment / captions -> images / records / tokenizer ->
-recolor -> sample -> loader. A sample is a pure function of (seed, position): position is all that a resume needs.
+Reading order: storage -> tar -> sources -> index -> order -> rng -> augment / captions -> images / records ->
+tokenizer -> recolor -> sample -> loader. A sample is a pure function of (seed, position): position is all that a
+resume needs.
 """

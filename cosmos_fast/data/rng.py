@@ -12,6 +12,7 @@ ORDER = 1
 CROPS = 2
 CAPTIONS = 3
 SUBSTITUTE = 4
+PIECES = 5
 
 _WORD = (1 << 64) - 1
 
