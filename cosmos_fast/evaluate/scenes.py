@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from cosmos_fast.config.data import SourceConfig
+from cosmos_fast.data import storage
 from cosmos_fast.data.faults import (
     BAD_JSON,
     BROKEN_IMAGE,
@@ -32,7 +33,6 @@ from cosmos_fast.data.index import Index, image_extension, open_source
 from cosmos_fast.data.records import Record, parse_record
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.files import sha256_of
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
 # Decoded scenes are kept for the next model up to this many bytes of pixels.
@@ -124,7 +124,8 @@ class SceneSet:
     def meta(self) -> Meta | None:
         """The data set's vocabulary; None where no source has a meta.json."""
         for index in self.indexes:
-            for folder in (index.shards[0].parent, index.shards[0].parent.parent):
+            beside = storage.folder(index.shards[0])
+            for folder in (beside, beside.parent) if beside else ():
                 if (folder / "meta.json").is_file():
                     return read_meta(folder / "meta.json")
         return None
@@ -139,11 +140,11 @@ class SceneSet:
         return meta
 
     def sha256(self) -> str:
-        """Digest of the shard files, in order."""
+        """Digest of the shard files, in order; of a remote one, of its name and version."""
         total = hashlib.sha256()
         for index in self.indexes:
             for shard in index.shards:
-                total.update(bytes.fromhex(sha256_of(shard)))
+                total.update(bytes.fromhex(storage.digest(shard)))
         return total.hexdigest()
 
 
