@@ -23,7 +23,7 @@ PIXELPROSE_FIELDS = ("original_caption", "caption")
 MAX_RECORD_BYTES = 1 << 20  # real records hold a few kB; json and ftfy are slow on more
 _PIXELPROSE_SPLIT = re.compile(r"\n|</s>|\.")
 # A full stop ends a sentence when space and no lower-case letter follow ("2.5 m", "e.g. this" stay whole).
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])|\n+|</s>")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _dreamlip_sentences(raw: dict[str, Any]) -> list[str]:
     for field in DREAMLIP_FIELDS:
         value = raw.get(field)
         if isinstance(value, str):  # a list is promised; taken as one it would be a list of letters
-            sentences.extend(_strip_all(_SENTENCE_END.split(value)))
+            sentences.extend(split_sentences(value))
         elif isinstance(value, list):
             sentences.extend(_strip_all(item for item in value if isinstance(item, str)))
         elif value is not None:
@@ -83,6 +83,11 @@ def _pixelprose_sentences(raw: dict[str, Any]) -> list[str]:
         if value is not None and not isinstance(value, str):
             raise SampleFault(faults.BAD_JSON, f"{field} is a {type(value).__name__}, not a string")
     return _strip_all([original or "", *_PIXELPROSE_SPLIT.split(caption or "")])
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, stripped, none empty; without their full stops, since captions are joined with ". "."""
+    return _strip_all(part.strip().rstrip(".") for part in _SENTENCE_END.split(text))
 
 
 def _strip_all(texts: Any) -> list[str]:

@@ -32,13 +32,13 @@ def test_string_instead_of_a_list_is_split_into_sentences_not_letters() -> None:
         "shortIB_captions": ["kept. whole"],
     }
     assert sentences(raw) == [
-        "Two dogs.",
+        "Two dogs",
         "kept. whole",
-        "A dog is 2.5 m away.",
+        "A dog is 2.5 m away",
         "It barks!",
         "Does it e.g. jump?",
         "Yes",
-        "The end.",
+        "The end",
     ]
 
 
