@@ -244,8 +244,8 @@ def test_full_disk_is_one_line_and_leaves_no_broken_shard(
 
 
 def test_two_writers_at_once_are_refused(tmp_path: Path) -> None:
-    from cosmos_fast.data.synthetic.writer import _locked
+    from cosmos_fast.data.shard_files import locked
 
-    with _locked(tmp_path), pytest.raises(UserError, match="another process is writing"):
+    with locked(tmp_path), pytest.raises(UserError, match="another process is writing"):
         write_dataset(tmp_path, SETTINGS, workers=1)
     assert write_dataset(tmp_path, SETTINGS, workers=1) == 4

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_fast.data.shard_files import write_error
 from cosmos_fast.data.synthetic.captions import write_captions
 from cosmos_fast.data.synthetic.render import draw_scene, encode_jpeg, encode_mask
 from cosmos_fast.data.synthetic.scene import Scene, SceneSettings, scenes
-from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import fsync_path
 
 _TICK = 20  # scenes between two reports of progress
@@ -34,7 +34,7 @@ class Shard:
         return self.path.with_suffix(".tar.tmp")
 
 
-def write_shard(shard: Shard, settings: SceneSettings, progress: Callable[[int], None]) -> None:
+def write_shard(shard: Shard, progress: Callable[[int], None], *, settings: SceneSettings) -> None:
     """Write one shard aside, then rename it. Raises UserError if the file system refuses."""
     from webdataset import TarWriter  # imports torch: 2 s that a finished data set need not wait for
 
@@ -78,23 +78,3 @@ def make_sample(scene: Scene, settings: SceneSettings) -> dict[str, Any]:
         "json": json.dumps(record).encode(),
         "mask.png": encode_mask(drawing),
     }
-
-
-def is_complete_tar(path: Path) -> bool:
-    """Whether the file is whole records of 10240 bytes and ends with the two empty blocks that close a tar."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size == 0 or size % 10240:
-                return False
-            file.seek(-1024, os.SEEK_END)
-            return not any(file.read())
-    except OSError:
-        return False
-
-
-def write_error(path: Path | str, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return UserError(
-        f"cannot write {path}: {reason}; mend that and run the same command again, finished shards are kept"
-    )

@@ -6,18 +6,17 @@ left behind is either complete or carries the suffix .tmp.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
+from cosmos_fast.data.pool import run_in_pool
+from cosmos_fast.data.shard_files import is_complete_tar, locked, write_error
 from cosmos_fast.data.synthetic import vocabulary
-from cosmos_fast.data.synthetic.pool import write_in_pool
 from cosmos_fast.data.synthetic.scene import SPLITS, SceneSettings, compositions
-from cosmos_fast.data.synthetic.shards import Shard, is_complete_tar, write_error, write_shard
+from cosmos_fast.data.synthetic.shards import Shard, write_shard
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import write_atomic
 
@@ -77,7 +76,7 @@ def write_dataset(
             pass  # raises where there are too few, before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
+        with locked(out):
             _check_parameters(out, settings)
             for split in SPLITS:
                 (out / split).mkdir(exist_ok=True)
@@ -88,11 +87,11 @@ def write_dataset(
             if not (out / "meta.json").exists():
                 write_atomic(out / "meta.json", _meta(settings))
             shards = missing_shards(out, settings)
-            if workers == 1 or len(shards) == 1:
-                for shard in shards:
-                    write_shard(shard, settings.scene, progress)
-            elif shards:
-                write_in_pool(shards, settings.scene, min(workers, len(shards)), progress)
+            try:
+                run_in_pool(partial(write_shard, settings=settings.scene), shards, workers, progress)
+            finally:
+                for shard in shards:  # of workers stopped half-way; a full disk needs the room
+                    shard.aside.unlink(missing_ok=True)
     except OSError as error:
         raise write_error(error.filename or out, error) from error
     return len(shards)
@@ -149,17 +148,3 @@ def _check_parameters(out: Path, settings: DatasetSettings) -> None:
             f"{out} holds a data set with other parameters ({'; '.join(differing)}): "
             "choose another --out, or delete that directory"
         )
-
-
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the directory for this process; the lock ends with the process, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {out}: wait for it, or choose another --out") from None
-        yield
-    finally:
-        os.close(descriptor)
