@@ -1,0 +1,211 @@
+"""`data prepare` again and again: after a kill, a full disk, more downloads; and one line for every mistake."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from cosmos_fast.cli.main import command, run
+from cosmos_fast.data import pool
+from cosmos_fast.data.prepare import shard as shard_module
+from cosmos_fast.data.prepare import store as store_module
+from cosmos_fast.data.shard_files import locked
+from tests.downloads import download_members, prepared_records, write_download, write_dreamlip
+from tests.shards import write_tar
+
+
+def dreamlip(table: Path, images: Path, out: Path, *extra: str) -> list[str]:
+    where = ["--images", str(images), "--out", str(out)]
+    return ["data", "prepare", "dreamlip", str(table), *where, "--workers=1", *extra]
+
+
+def shards_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_dreamlip(tmp_path / "cc3m_3long_3short_1raw_captions_url.csv", range(20))
+
+
+def test_killed_half_way_the_same_command_completes_it_byte_for_byte(tmp_path: Path) -> None:
+    table = write_dreamlip(tmp_path / "t.csv", range(2400))
+    images = write_download(tmp_path / "images", (200,) * 12)
+    root = Path(__file__).resolve().parents[2]
+    call = [sys.executable, "-m", "cosmos_fast.cli.main", *dreamlip(table, images, tmp_path / "broken", "--workers=2")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
+    process = subprocess.Popen(call, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not any((tmp_path / "broken").glob("*.tar")):
+            assert process.poll() is None, "finished before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (tmp_path / "broken" / "00011.tar.tmp").write_bytes(b"left by an earlier kill")
+    wait_until_quiet(tmp_path / "broken")
+    reported = {path.stem for path in (tmp_path / "broken" / ".prepare").glob("0*.json")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.tar") if path.stem in reported}
+    assert len(reported) < 12
+    assert run(command, dreamlip(table, images, tmp_path / "broken")) == 0
+    assert run(command, dreamlip(table, images, tmp_path / "whole")) == 0
+    assert shards_of(tmp_path / "broken") == shards_of(tmp_path / "whole")
+    assert len(shards_of(tmp_path / "whole")) == 12
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # kept, not written again
+    assert not list((tmp_path / "broken").rglob("*.tmp"))
+
+
+def wait_until_quiet(folder: Path) -> None:
+    """Worker processes notice that their parent was killed, and stop too."""
+    before = None
+    for _ in range(50):
+        now = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        if now == before:
+            return
+        before = now
+        time.sleep(0.3)
+    pytest.fail("orphaned workers go on writing")
+
+
+def test_complete_shards_stay_and_new_or_changed_downloads_are_added(
+    tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = write_download(tmp_path / "images", (3, 3)), tmp_path / "out"
+    assert run(command, dreamlip(table, images, out)) == 0
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert run(command, dreamlip(table, images, out)) == 0
+    assert "6 samples in 2 shards (complete already, nothing to do)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    write_tar(images / "00001.tar", download_members(3, "000010000"))
+    write_tar(images / "00002.tar", download_members(7, "000020000"))
+    (out / "00000.tar").write_bytes((out / "00000.tar").read_bytes()[:5120])
+    assert run(command, dreamlip(table, images, out)) == 0
+    assert "5 samples in 3 shards (3 made now)" in capsys.readouterr().out
+    assert list(prepared_records(out)) == ["000000000", "000000001", "000000002", "000010000", "000020000"]
+
+
+def test_a_truncated_download_gives_what_is_whole_of_it(
+    tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_download(tmp_path / "images", (4, 2))
+    first = images / "00000.tar"
+    with tarfile.open(first) as tar:
+        offset = tar.getmember("000000002.json").offset_data
+    first.write_bytes(first.read_bytes()[: offset + 5])
+    assert run(command, dreamlip(table, images, tmp_path / "out")) == 0
+    assert "left out 1 x truncated shard" in capsys.readouterr().out
+    assert list(prepared_records(tmp_path / "out")) == ["000000000", "000000001", "000010000", "000010001"]
+
+
+@pytest.mark.parametrize("stage", ["captions", "shard"])
+def test_full_disk_is_one_line_and_leaves_nothing_broken(
+    tmp_path: Path, table: Path, stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = write_download(tmp_path / "images", (3, 3)), tmp_path / "out"
+
+    def no_room(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    module, function = (store_module.np, "save") if stage == "captions" else (shard_module.os, "fsync")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, no_room)
+        patch.setattr("cosmos_fast.data.prepare.store.fsync_path", lambda path: None)
+        patch.setattr("cosmos_fast.data.prepare.store.write_atomic", lambda path, text: path.write_text(text))
+        patch.setattr("cosmos_fast.data.prepare.run.write_atomic", lambda path, text: path.write_text(text))
+        assert run(command, dreamlip(table, images, out)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: cannot write")
+    assert "No space left on device; mend that and run the same command again" in error
+    assert "\n" not in error
+    assert not shards_of(out)
+    assert not list(out.rglob("*.tmp"))
+    assert (stage == "shard") == bool(list(out.rglob("captions.bin")))
+    assert run(command, dreamlip(table, images, out)) == 0
+    assert len(prepared_records(out)) == 6
+
+
+def test_a_killed_worker_is_told(tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_download(tmp_path / "images", (2, 2))
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        pool.run_in_pool(_die, [1, 2], 2, lambda units: None)
+    with locked(images):
+        assert run(command, dreamlip(table, images, tmp_path / "out")) == 0  # a lock is for writers only
+    with locked(tmp_path / "out"):
+        assert run(command, dreamlip(table, images, tmp_path / "out")) == 2
+    assert "another process is writing" in capsys.readouterr().err
+
+
+def _die(job: int, progress: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"table": "none.csv"}, "caption table '{}/none.csv' is not there"),
+        ({"table": "other.csv"}, "none of 4 images looked at is in the caption table"),
+        ({"table": "empty.csv"}, "no row has captions (it is empty)"),
+        ({"table": "wrong.csv"}, "is no table of dreamlip: it needs a column 'Image Path' and has a, b"),
+        ({"images": "none"}, "shard {}/none is missing"),
+        ({"images": "empty"}, "holds neither .tar shards nor images"),
+        ({"images": "https://example.org/0.tar"}, "images are prepared from local files"),
+        ({"images": "pipe:cat x.tar"}, "images are prepared from local files"),
+        ({"out": "images"}, "is where the images are: choose another directory"),
+        ({"out": "foreign"}, "holds shards but no prepare.json"),
+        ({"extra": "--key-column=x"}, "--key-column names the column for --join key"),
+        ({"extra": "--join=name"}, "Invalid value for '--join'"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(
+    tmp_path: Path, change: dict[str, str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dreamlip(tmp_path / "table.csv", range(4))
+    write_dreamlip(tmp_path / "other.csv", range(100, 110))
+    write_dreamlip(tmp_path / "empty.csv", [])
+    (tmp_path / "wrong.csv").write_text("a,b\n1,2\n")
+    write_download(tmp_path / "images", (2, 2))
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "foreign" / "0.tar", {"a.txt": b"x"})
+    before = sorted(tmp_path.rglob("*"))
+    images = change.get("images", "images")
+    where = {name: tmp_path / change.get(name, f"{name}.csv" if name == "table" else name) for name in ("table", "out")}
+    arguments = dreamlip(where["table"], Path("x"), where["out"], *([change["extra"]] if "extra" in change else []))
+    arguments[arguments.index("x")] = images if ":" in images else str(tmp_path / images)
+    assert run(command, arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert told.format(tmp_path) in error
+    assert "extra" in change or "\n" not in error
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before]
+    assert [path for path in left if path.name not in (".prepare", "out")] == []
+
+
+def test_other_captions_in_the_same_directory_are_refused(
+    tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = write_download(tmp_path / "images", (2,)), tmp_path / "out"
+    assert run(command, dreamlip(table, images, out)) == 0
+    before = shards_of(out)
+    other = write_dreamlip(tmp_path / "other.csv", range(5))
+    assert run(command, dreamlip(other, images, out)) == 2
+    assert run(command, ["data", "prepare", "img2dataset", str(images), "--out", str(out)]) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 2
+    assert "holds shards made otherwise (captions [['cc3m_3long" in errors[0]
+    assert "layout dreamlip there, img2dataset asked" in errors[1]
+    assert shards_of(out) == before
+
+
+def test_a_download_without_any_caption_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_download(tmp_path / "images", (2,))
+    assert run(command, ["data", "prepare", "img2dataset", str(images), "--out", str(tmp_path / "out")]) == 2
+    assert "no image has a caption (2 x missing or empty caption (00000.tar:000000000))" in capsys.readouterr().err
