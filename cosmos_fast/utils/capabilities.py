@@ -80,6 +80,7 @@ PACKAGES = (
         "transformer_engine", "transformer_engine", ("transformer-engine",), "no fp8 linear layers through it"
     ),
     OptionalPackage("webdataset", "webdataset", ("webdataset",), "no writing of shards"),
+    OptionalPackage("pyarrow", "pyarrow", ("pyarrow",), "data prepare reads no parquet files"),
     OptionalPackage("tensorboard", "tensorboard", ("tensorboard",), "metrics go to metrics.jsonl only"),
     OptionalPackage("wandb", "wandb", ("wandb",), "metrics go to metrics.jsonl only"),
 )
