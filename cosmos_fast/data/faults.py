@@ -6,6 +6,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cosmos_fast.utils.errors import UserError
 
@@ -22,6 +23,11 @@ BROKEN_IMAGE = "broken or truncated image"
 BAD_JSON = "wrong json"
 NO_CAPTION = "missing or empty caption"
 UNREADABLE_SHARD = "shard changed or unreadable"
+UNREACHABLE_SHARD = "remote shard out of reach"  # no fault of the sample: the run stops instead of replacing it
+KILLS_READER = "kills the process that reads it"
+# Mended while reading a sample: counted and named like a fault, but the sample is used.
+MENDED_IMAGE = "mended image"
+REPAIRS = frozenset({MENDED_IMAGE})
 # Causes found while indexing a shard.
 TRUNCATED_SHARD = "truncated shard"
 CORRUPT_SHARD = "corrupt tar header"
@@ -43,6 +49,13 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.cause}: {self.where}" + (f" ({self.detail})" if self.detail else "")
+
+
+class Repair(NamedTuple):
+    """What was mended in a sample: the cause (one of REPAIRS) and the details."""
+
+    cause: str
+    detail: str
 
 
 class SampleFault(Exception):
@@ -82,14 +95,15 @@ class FaultAccount:
             if self._lines[fault.cause] > _LINES_PER_CAUSE:
                 log.warning("%s: more of these are counted, not named", fault.cause)
             else:
-                log.warning("skipped, %s", fault)
+                log.warning("%s, %s", "mended and used" if fault.cause in REPAIRS else "skipped", fault)
 
     def settle(self, good: int, faults: list[Fault]) -> None:
         """Add one batch: `good` usable samples and the faults met on the way. UserError past max_bad_share."""
         self.note(faults)
-        self._window.append((good + len(faults), len(faults)))
-        self._tried += good + len(faults)
-        self._bad += len(faults)
+        bad = sum(fault.cause not in REPAIRS for fault in faults)
+        self._window.append((good + bad, bad))
+        self._tried += good + bad
+        self._bad += bad
         while self._tried - self._window[0][0] >= WINDOW_SAMPLES:
             tried, bad = self._window.popleft()
             self._tried -= tried

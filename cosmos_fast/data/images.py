@@ -11,11 +11,11 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from cosmos_fast.data import faults
+from cosmos_fast.data import faults, jpeg
 from cosmos_fast.data.augment import ViewNumbers
-from cosmos_fast.data.faults import SampleFault
+from cosmos_fast.data.faults import Repair, SampleFault
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -23,8 +23,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # other decoders stay closed to untru
 _MAX_PIXELS = 50_000_000
 
 
-def decode(data: bytes, max_pixels: int = _MAX_PIXELS) -> Image.Image:
-    """An RGB image. Raises SampleFault: empty, not an image, over the pixel cap (known before decoding), or broken."""
+def decode(data: bytes, max_pixels: int = _MAX_PIXELS, repairs: list[Repair] | None = None) -> Image.Image:
+    """An RGB image; what had to be mended is appended to `repairs`.
+
+    Raises SampleFault: empty, not an image, over the pixel cap (known before decoding), or broken.
+    """
     if not data:
         raise SampleFault(faults.EMPTY_MEMBER, "image")
     try:
@@ -33,6 +36,8 @@ def decode(data: bytes, max_pixels: int = _MAX_PIXELS) -> Image.Image:
         raise SampleFault(faults.TOO_MANY_PIXELS, str(error)) from error
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise SampleFault(faults.NOT_AN_IMAGE, f"it begins with {data[:16]!r}") from error
     except Exception as error:  # decoders raise whatever they stumble on
         raise SampleFault(faults.NOT_AN_IMAGE, str(error)) from error
     if image.width * image.height > max_pixels:
@@ -43,7 +48,12 @@ def decode(data: bytes, max_pixels: int = _MAX_PIXELS) -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:
-        raise SampleFault(faults.BROKEN_IMAGE, str(error)) from error
+        whole = jpeg.with_end_marker(data)
+        if whole is None:
+            raise SampleFault(faults.BROKEN_IMAGE, str(error)) from error
+        if repairs is not None:
+            repairs.append(Repair(faults.MENDED_IMAGE, "only the end marker was missing"))
+        return decode(whole, max_pixels)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -77,10 +87,10 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return normalize(to_pixels(image))
 
 
-def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [..., 3, H, W] in 0..255 -> float32 with the mean and deviation of CLIP, on the same device."""
+def normalize(pixels: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """uint8 [..., 3, H, W] in 0..255 -> `dtype`, rounded once, with the mean and deviation of CLIP, same device."""
     mean, std = _statistics(pixels.device)
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std).to(dtype)
 
 
 def denormalize(images: torch.Tensor) -> torch.Tensor:
