@@ -13,7 +13,10 @@ from cosmos_fast.data.index import IMAGE_EXTENSIONS, RECORD_EXTENSION, Index
 
 @dataclass(frozen=True)
 class IndexSummary:
-    """members: extension -> (count, total bytes). faults: cause -> count, incomplete samples included."""
+    """members: extension -> (count, total bytes). faults: cause -> count, incomplete samples included.
+
+    All of the shards, samples in quarantine too.
+    """
 
     shards: int
     samples: int
@@ -30,9 +33,10 @@ def summarize(index: Index) -> IndexSummary:
         mine = tables.member_extension == number
         members[extension] = (int(mine.sum()), int(sizes[mine].sum()))
     causes = Counter(fault.cause for fault in index.faults)
-    causes[faults.MISSING_IMAGE] = len(index) - _samples_with(index, IMAGE_EXTENSIONS)
-    causes[faults.MISSING_RECORD] = len(index) - _samples_with(index, (RECORD_EXTENSION,))
-    return IndexSummary(len(index.shards), len(index), members, {cause: n for cause, n in causes.items() if n})
+    samples = len(tables.sample_shard)
+    causes[faults.MISSING_IMAGE] = samples - _samples_with(index, IMAGE_EXTENSIONS)
+    causes[faults.MISSING_RECORD] = samples - _samples_with(index, (RECORD_EXTENSION,))
+    return IndexSummary(len(index.shards), samples, members, {cause: n for cause, n in causes.items() if n})
 
 
 def _samples_with(index: Index, extensions: tuple[str, ...]) -> int:

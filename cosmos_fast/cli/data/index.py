@@ -10,6 +10,8 @@ from rich.table import Table
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data.index import Index, open_source
 from cosmos_fast.data.index_summary import summarize
+from cosmos_fast.data.storage import Storage
+from cosmos_fast.data.transport import shown
 
 _FAULTS_SHOWN = 10
 
@@ -17,34 +19,39 @@ _FAULTS_SHOWN = 10
 @click.command("index")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--rebuild", is_flag=True, help="Scan the shards again even if a fitting index is cached.")
-def command(paths: tuple[str, ...], rebuild: bool) -> None:
+@click.option("--allow-pipe", is_flag=True, help="Run the shell commands of pipe: sources.")
+def command(paths: tuple[str, ...], rebuild: bool, allow_pipe: bool) -> None:
     """Index webdataset tar shards: build (or find) the cache and show samples, members and faults.
 
-    PATH is a directory of .tar shards, a glob, a brace pattern such as 'cc3m/{00000..00575}.tar', or one file. The
+    PATH is a directory of .tar shards, a glob, a brace pattern such as 'cc3m/{00000..00575}.tar', one file, or a URL
+    (http, https, s3, and what fsspec reads), of which the headers of the shards are read. The
     index is cached beside the shards, or in $COSMOS_CACHE_DIR (default ~/.cache/cosmos-fast) where that is read-only,
     and built again when a shard's size or time changes. Training finds it by itself.
     """
     console = Console()
     for path in paths:
-        show(open_with_progress(path, rebuild), console)
+        source = SourceConfig(path=path)
+        show(open_with_progress(source, rebuild=rebuild, storage=Storage(allow_pipe=allow_pipe)), console)
 
 
-def open_with_progress(path: str, rebuild: bool = False) -> Index:
+def open_with_progress(
+    source: SourceConfig, *, rebuild: bool = False, whole: bool = False, storage: Storage | None = None
+) -> Index:
     """open_source() behind a progress bar on stderr."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"indexing {path}", total=None)
+        task = progress.add_task(f"indexing {shown(source.path)}", total=None)
 
         def advance(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        return open_source(SourceConfig(path=path), on_shard=advance, rebuild=rebuild)
+        return open_source(source, on_shard=advance, rebuild=rebuild, whole=whole, storage=storage)
 
 
 def show(index: Index, console: Console) -> None:
     """Print the summary of one source."""
     summary = summarize(index)
     console.print(
-        f"{index.source.path}: {summary.samples:,} samples in {summary.shards:,} shards",
+        f"{shown(index.source.path)}: {summary.samples:,} samples in {summary.shards:,} shards",
         highlight=False,
         soft_wrap=True,
     )
@@ -53,6 +60,8 @@ def show(index: Index, console: Console) -> None:
     for extension, (count, size) in sorted(summary.members.items()):
         table.add_row(extension, f"{count:,}", f"{size / 2**20:,.1f}", f"{size / 2**10 / count:,.1f}")
     console.print(table)
+    if index.left_out:
+        console.print(f"in quarantine, left out: {index.left_out:,}", highlight=False)
     for cause, count in summary.faults.items():
         console.print(f"{cause}: {count:,}", highlight=False)
     for fault in index.faults[:_FAULTS_SHOWN]:
