@@ -15,7 +15,7 @@ export COSMOS_NATIVE COSMOS_CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One stamp for the package alone, one for what its tests and benchmarks need on top (Triton among it: 190 MB).
+# One stamp for the package alone, one for what its tests and benchmarks need on top (Triton and DALI among it: 450 MB).
 CORE := $(VENV)/.installed-core-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
 DEV := $(VENV)/.installed-dev-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cosmos_fast import ops
+from cosmos_fast.data import dali_pipeline
 from cosmos_fast.ops import backends
 from cosmos_fast.utils import capabilities
 from cosmos_kernels import native
@@ -42,6 +43,7 @@ def examine() -> dict[str, Any]:
         "build_tools": capabilities.build_tools(),
         "native": [_native_row(kind) for kind in native.LIBRARIES],
         "packages": [asdict(capabilities.package_status(package)) for package in capabilities.PACKAGES],
+        "loaders": [_loader_row(*row) for row in (("pil", "cpu"), ("dali", "cpu"), ("dali", "cuda"))],
         "backends": backend_rows,
         "faults": faults,
     }
@@ -51,6 +53,12 @@ def _native_row(kind: str) -> dict[str, str]:
     reason = native.why_missing(kind)
     note = reason or (native.cpu_features() if kind == "cpu" else _gpus_of_the_library())
     return {"library": kind, "status": "absent" if reason else "loaded", "note": note}
+
+
+def _loader_row(loader: str, device: str) -> dict[str, str]:
+    """device: of the batches; PIL decodes on the CPU for any."""
+    reason = dali_pipeline.why_unusable(device) if loader == "dali" else None
+    return {"loader": loader, "device": device, "status": reason or "available"}
 
 
 def _gpus_of_the_library() -> str:
@@ -80,6 +88,8 @@ def _print(report: dict[str, Any]) -> None:
         for row in report["packages"]
     ]
     console.print(_table("Optional packages", ["package", "status", "version", "remark"], rows))
+    rows = [[row["loader"], row["device"], _coloured(row["status"])] for row in report["loaders"]]
+    console.print(_table("Image decoders (data.loader)", ["loader", "device", "available, or why not"], rows))
     rows = [
         [row["op"], row["backend"], _coloured(row["status"]), row["hardware"], escape(row["summary"])]
         for row in report["backends"]

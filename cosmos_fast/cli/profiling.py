@@ -22,7 +22,7 @@ def profile(config: TrainConfig, steps: int) -> None:
     """Profile a run from fresh weights; writes <run folder>/profile/ and leaves all else as it is."""
     from cosmos_fast.data.loader import build_loader
     from cosmos_fast.engine.out_of_memory import out_of_memory_explained
-    from cosmos_fast.engine.precision import resolve_device
+    from cosmos_fast.engine.precision import resolve_device, resolve_precision
     from cosmos_fast.engine.profiler import profile_run
     from cosmos_fast.engine.run_folder import RunPlan
     from cosmos_fast.engine.trainer import Trainer
@@ -37,7 +37,8 @@ def profile(config: TrainConfig, steps: int) -> None:
         context_length=config.model.text.context_length,
         seed=config.seed,
         batch_size=config.run.batch_size,
-        device=str(device),
+        device=device,
+        image_dtype=resolve_precision(config.run.precision, device).image_dtype,
     )
     try:
         with out_of_memory_explained(config):

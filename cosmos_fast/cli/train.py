@@ -16,6 +16,8 @@ from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger, setup_logging
 
 if TYPE_CHECKING:
+    import torch
+
     from cosmos_fast.data.loader import Loader
     from cosmos_fast.engine.hooks import Validator
     from cosmos_fast.engine.run_folder import RunPlan
@@ -138,7 +140,7 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     device = resolve_device(config.run.device)
     plan = plan_run(config, resume, overwrite)
     validators = make_validators(config)
-    loader = open_loader(config, plan, str(device))
+    loader = open_loader(config, plan, device)
     try:
         with out_of_memory_explained(config):
             trainer = Trainer(config, loader, validators, plan=plan)
@@ -151,9 +153,10 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     _log.info("%s: %s at step %d of %d", config.name, done, trainer.state.step, trainer.total_steps)
 
 
-def open_loader(config: TrainConfig, plan: RunPlan, device: str) -> Loader:
+def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device) -> Loader:
     """The batches of this run, from where the plan continues."""
     from cosmos_fast.data.loader import build_loader
+    from cosmos_fast.engine.precision import resolve_precision
 
     return build_loader(
         config.data,
@@ -163,6 +166,7 @@ def open_loader(config: TrainConfig, plan: RunPlan, device: str) -> Loader:
         batch_size=config.run.batch_size,
         start_position=plan.state.position,
         device=device,
+        image_dtype=resolve_precision(config.run.precision, device).image_dtype,
     )
 
 

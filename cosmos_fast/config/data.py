@@ -12,6 +12,9 @@ from cosmos_fast.config.checks import (
     require_positive,
     require_probability,
 )
+from cosmos_fast.config.remote import RemoteConfig
+
+LOADERS = ("auto", "pil", "dali")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,27 +141,56 @@ class ViewsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DaliConfig:
+    """How DALI works, where `loader` settles on it.
+
+    threads: of its CPU work, a rank. ahead: batches it works on before they are asked for. max_pixels: larger images
+    are cut in the workers, so that the decoded ones of a rank take (ahead + 1) * batch_size * max_pixels * 3 B at most.
+    """
+
+    threads: int = 4
+    ahead: int = 1
+    max_pixels: int = 4 * 2**20
+
+    def __post_init__(self) -> None:
+        require_positive("data.dali", self, "threads", "max_pixels")
+        require_not_negative("data.dali", self, "ahead")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Sources and loading.
 
-    train: the sources; several are mixed by weight. workers: loader processes a rank, 0 loads in the training process.
-    prefetch: batches each worker keeps ready. max_bad_share: the run stops once more than this share of samples is
-    unusable. max_pixels: larger images are skipped. max_member_bytes: larger tar members are skipped.
-    samples_per_epoch: length of an epoch, samples; None takes the number of samples in the sources.
+    train: the sources; several are mixed by weight. loader: who decodes and cuts images: "pil" in the workers, "dali"
+    in the training process, on its GPU if it has one; "auto" is DALI on a GPU where it is installed, else PIL. workers:
+    loader processes a rank, 0 loads in the training process. prefetch: batches each worker keeps ready. max_bad_share:
+    the run stops once more than this share of samples is unusable. max_pixels: larger images are skipped.
+    max_member_bytes: larger tar members are skipped. samples_per_epoch: length of an epoch, samples; None takes the
+    number of samples in the sources. order: "global" permutes all samples of a source; "window" reads pieces of shards
+    (remote.piece_mib) in random order, `window_pieces` of them at a time, for storage where random access is dear;
+    "auto" is window for remote shards. remote: how these are read. allow_pipe: `pipe:` sources run a shell command.
     """
 
     train: tuple[SourceConfig, ...] = ()
     views: ViewsConfig = field(default_factory=ViewsConfig)
+    loader: Literal["auto", "pil", "dali"] = "auto"
+    dali: DaliConfig = field(default_factory=DaliConfig)
     workers: int = 2
     prefetch: int = 2
     max_bad_share: float = 0.05
     max_pixels: int = 50_000_000
     max_member_bytes: int = 64 * 2**20
     samples_per_epoch: int | None = None
+    order: Literal["auto", "global", "window"] = "auto"
+    window_pieces: int = 256
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    allow_pipe: bool = False
 
     def __post_init__(self) -> None:
+        require_choice("data.loader", self.loader, LOADERS)
         require_not_negative("data", self, "workers")
-        require_positive("data", self, "prefetch", "max_pixels", "max_member_bytes")
+        require_choice("data.order", self.order, ("auto", "global", "window"))
+        require_positive("data", self, "prefetch", "max_pixels", "max_member_bytes", "window_pieces")
         require_probability("data", self, "max_bad_share")
         if self.samples_per_epoch is not None:
             require_positive("data", self, "samples_per_epoch")

@@ -1,4 +1,7 @@
-"""The loader: worker processes turn positions into batches, this process normalises and counts."""
+"""The loader: worker processes turn positions into batches, this process normalises and counts.
+
+Where DALI decodes, the workers hand over whole images and this process cuts them too (dali_loader.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +18,15 @@ from torch.utils.data import DataLoader
 
 from cosmos_fast.config import DataConfig
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.data.dali_loader import DaliImages, choose_loader
 from cosmos_fast.data.faults import FaultAccount
-from cosmos_fast.data.images import normalize
 from cosmos_fast.data.index import open_source
+from cosmos_fast.data.images import normalize
 from cosmos_fast.data.order import SampleOrder, rank_positions
 from cosmos_fast.data.recolor import recolor_
 from cosmos_fast.data.sample import MAX_ATTEMPTS, CropStack, RawBatch, SampleStream
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.processes import end_with_parent
 
 
 def build_loader(
@@ -34,26 +40,30 @@ def build_loader(
     world_size: int = 1,
     start_position: int = 0,
     device: torch.device | str = "cpu",
+    image_dtype: torch.dtype = torch.float32,
 ) -> Loader:
     """Open the sources and return the loader of one rank, at `start_position`.
 
     image_size: side of a global crop, pixels. batch_size: per rank. device: where images are put; they travel there
-    as bytes, and a GPU also recolours them. UserError: no source, a missing shard, a source without samples.
+    as bytes, and a GPU also recolours them. image_dtype: of normalised images, float32 or bfloat16. UserError: no
+    source, a missing shard, a source without samples, data.loader=dali where DALI does not work.
     """
     if not config.train:
         raise UserError("data.train is empty: name the shards, e.g. --set data.train=[{path: shards}]")
     indexes = [open_source(source) for source in config.train]
     order = SampleOrder([len(index) for index in indexes], [source.weight for source in config.train], seed)
     device = torch.device(device)
+    with_dali = choose_loader(config.loader, device) == "dali"
     stream = SampleStream(
         config,
         indexes,
         order,
         image_size=image_size,
         context_length=context_length,
-        recolor=device.type == "cpu",
+        recolor=device.type == "cpu" and not with_dali,
+        encoded_pixels=config.dali.max_pixels if with_dali else 0,
     )
-    loader = Loader(stream, batch_size, rank, world_size, start_position, device)
+    loader = Loader(stream, batch_size, rank, world_size, start_position, device, image_dtype)
     for index in indexes:
         loader.account.note(index.faults)
     return loader
@@ -74,6 +84,7 @@ class Loader:
         world_size: int = 1,
         start_position: int = 0,
         device: torch.device | None = None,
+        image_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.stream = stream
         self.batch_size = batch_size
@@ -81,6 +92,8 @@ class Loader:
         self.world_size = world_size
         self.position = start_position
         self.device = device or torch.device("cpu")
+        self.image_dtype = image_dtype
+        self._dali = DaliImages(stream, batch_size, self.device) if stream.encoded_pixels else None
         self.samples_per_epoch = stream.config.samples_per_epoch or stream.order.samples_per_epoch
         self.account = FaultAccount(stream.config.max_bad_share)
         self._batches: Any = None
@@ -96,7 +109,9 @@ class Loader:
             # The workers ignore SIGTERM, by which multiprocessing would end them; exit would wait for ever.
             atexit.register(_close_at_exit, weakref.ref(self))
         while True:
-            yield self._finish(self._next_raw())
+            with self._dead_workers_explained():
+                batch = self._finish(self._next_raw() if self._dali is None else self._dali.next(self._next_raw))
+            yield batch
 
     def close(self) -> None:
         """Stop the workers and close the shards; iterating again starts them anew."""
@@ -106,6 +121,8 @@ class Loader:
             shutdown()
             for worker in batches._workers:
                 worker.kill()  # one stuck in a read; the others have ended
+        if self._dali is not None:
+            self._dali.close()
         for index in self.stream.indexes:
             index.close()
 
@@ -118,16 +135,14 @@ class Loader:
             num_workers=config.workers,
             prefetch_factor=config.prefetch if config.workers else None,
             worker_init_fn=_start_worker if config.workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda" and self._dali is None,  # DALI copies files to the GPU itself
         )
 
-    def _next_raw(self) -> RawBatch:
+    @contextmanager
+    def _dead_workers_explained(self) -> Iterator[None]:
+        """UserError for torch's word of a dead worker, which a signal may bring at any point in here."""
         try:
-            try:
-                return next(self._batches)
-            except (ConnectionError, EOFError, FileNotFoundError) as error:
-                self._blame_a_dead_worker(error)
-                raise
+            yield
         except RuntimeError as error:
             if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
                 raise
@@ -136,6 +151,13 @@ class Loader:
                 f"a data loader worker died ({str(error).splitlines()[0]}): it was killed, or memory or /dev/shm ran "
                 "out; lower data.workers, data.prefetch or run.batch_size and resume from the last checkpoint"
             ) from error
+
+    def _next_raw(self) -> RawBatch:
+        try:
+            return next(self._batches)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            self._blame_a_dead_worker(error)
+            raise
 
     def _blame_a_dead_worker(self, error: Exception) -> None:
         """A worker that dies while it hands a batch over breaks its connection before torch notices the death.
@@ -157,9 +179,9 @@ class Loader:
             )
         position = self.position
         self.position = position + self.world_size * self.batch_size
-        images = [normalize(self._recolored(stack)) for stack in raw.stacks]
+        images = [normalize(view, self.image_dtype) for stack in raw.stacks for view in self._recolored(stack)]
         return Batch(
-            images=[view for views in images for view in views.unbind(0)],
+            images=images,
             texts=raw.texts,
             keys=raw.keys,
             position=position,
@@ -199,7 +221,11 @@ def _as_is(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker, and no signals meant for the trainer: it finishes its step and stops the workers itself."""
+    """One thread a worker, and no signals meant for the trainer: it finishes its step and stops the workers itself.
+
+    Where it is killed, they end at once: the next run on this machine needs the memory.
+    """
+    end_with_parent()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

@@ -27,7 +27,7 @@ import torch
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.random_batch import RandomLoader
 from cosmos_fast.engine.out_of_memory import is_out_of_memory
-from cosmos_fast.engine.precision import resolve_device
+from cosmos_fast.engine.precision import resolve_device, resolve_precision
 from cosmos_fast.engine.run_folder import RunPlan
 from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.utils.errors import UserError
@@ -51,7 +51,8 @@ def measure_peak(config: TrainConfig, batch_size: int, limit_bytes: int) -> int 
 
 def run_steps(config: TrainConfig, device: torch.device, steps: int = STEPS) -> None:
     """Train on noise, as `Trainer.fit` does but for data, hooks and files."""
-    loader = RandomLoader(config, device=device)
+    image_dtype = resolve_precision(config.run.precision, device).image_dtype
+    loader = RandomLoader(config, device=device, image_dtype=image_dtype)
     trainer = Trainer(config, loader, plan=RunPlan(Path(config.run.out_dir) / config.name))
     batches = iter(loader)
     for _ in range(steps):

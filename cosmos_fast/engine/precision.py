@@ -44,6 +44,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=_AUTOCAST[self.name])
 
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Of the loader's images: autocast rounds them to it before anything else, so half the bytes lose nothing."""
+        return torch.bfloat16 if self.name == "bf16" else torch.float32
+
 
 def resolve_precision(request: str, device: torch.device) -> Precision:
     """ "auto" is bf16 on GPUs that have it (compute capability 8 and up), fp32 elsewhere."""

@@ -24,6 +24,7 @@ _log = get_logger(__name__)
 _HARMLESS = (
     *("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads"),
     *("run.out_dir", "run.world_size_hint", "run.max_nonfinite_steps", "data.workers", "data.prefetch"),
+    *("data.dali.threads", "data.dali.ahead"),
     *("name", "evaluate."),
 )
 

@@ -57,6 +57,14 @@ def _apex_fault(spec: ModuleSpec, found: Distribution | None) -> str | None:
     return None
 
 
+_DALI_BUILDS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110")
+
+
+def _dali_fault(_: ModuleSpec, __: Distribution | None) -> str | None:
+    builds = [name for name in _DALI_BUILDS if _distribution(name) is not None]
+    return f"{' and '.join(builds)} share one folder: uninstall all, install one" if len(builds) > 1 else None
+
+
 PACKAGES = (
     OptionalPackage("triton", "triton", ("triton", "pytorch-triton"), "GPU kernels fall back to torch operations"),
     OptionalPackage("flash_attn", "flash_attn", ("flash-attn",), "attention runs on torch SDPA", _flash_attn_fault),
@@ -71,8 +79,9 @@ PACKAGES = (
     OptionalPackage(
         "dali",
         "nvidia.dali",
-        ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
+        _DALI_BUILDS,
         "images are decoded and cropped by PIL",
+        _dali_fault,
     ),
     OptionalPackage("apex", "apex", ("apex",), "nothing: torch and csrc do its work", _apex_fault),
     OptionalPackage("torchao", "torchao", ("torchao",), "no fp8 linear layers through it"),
