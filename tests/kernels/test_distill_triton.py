@@ -93,7 +93,7 @@ def test_teacher_of_another_dtype(device):
 def test_norms_far_from_one(magnitude, device):
     inputs = _inputs(SHAPES[1], device, 1.0)
     # At logits of 900 one rounding is 256 units of an exponential, and it is chance whether it falls on one that
-    # counts, here or in eager: one gradient of nine is off by 35 units where eager is by 7.
+    # counts, here or in eager: of one gradient of nine an element is off by 35 units where eager's is by 7.
     extra = 24 * torch.finfo(torch.float32).eps
     _check({name: magnitude * x if x.dim() else x for name, x in inputs.items()}, extra_floor=extra)
 

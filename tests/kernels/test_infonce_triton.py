@@ -30,7 +30,8 @@ def scalar(value: float, device: str) -> Tensor:
 
 # A log-sum-exp is one fp32 number: at 100, half a unit in its last place is 32 units of every probability of its row.
 # PyTorch's own softmax keeps peak and sum apart and can be all but exact, so its error alone is no measure. Rows err
-# independently: 111 of 115 results obey the rule as it stands, the worst (logits of 12870) is 15 units off.
+# independently, so their mean errors obey the rule as it stands; of the largest deviations all but 4 of 115 do, and the
+# worst (logits of 12870) is 15 units off.
 EXTRA = 12 * torch.finfo(torch.float32).eps  # 16 with the four that every fp32 result is allowed
 
 # views of a, views of b, batch, dim, scale, dtype
@@ -51,13 +52,15 @@ COLUMNS = [(7, 21, 0), (7, 21, 14), (64, 200, 100), (130, 140, 9)]  # batch, col
 EXTREMES = ["one column", "tiny", "huge", "wide range", "negative scale", "zero"]
 
 
-def compare(a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = ()) -> Outcome:
+def compare(
+    a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = (), lucky: tuple[str, ...] = ()
+) -> Outcome:
     """The kernels against the oracle in fp64 and in the features' own dtype."""
     inputs = {"a_VBD": a, "b_VBD": b, "scale": scale}
     truth = outcome(reference.multiview_infonce, inputs, torch.float64, without_gradient=without)
     eager = outcome(reference.multiview_infonce, inputs, without_gradient=without)
     found = outcome(TRITON, inputs, without_gradient=without)
-    assert_no_worse(found, eager, truth, extra_floor=EXTRA)
+    assert_no_worse(found, eager, truth, extra_floor=EXTRA, lucky=lucky)
     assert found.outputs["output 0"].dtype == FLOAT
     return found
 
@@ -101,7 +104,10 @@ def test_extreme_features(name: str, device: str) -> None:
         scale = -14.3
     else:
         a = torch.zeros_like(a)
-    compare(a.contiguous(), b.contiguous(), scalar(scale, device))
+    # Where all columns are one, or one logit is all of its row, eager's softmax has no error: nor has its sum, the
+    # gradient of the scale, while the rounding of a row's log-sum-exp is in all of its probabilities alike.
+    lucky = ("scale",) if name in ("one column", "huge") else ()
+    compare(a.contiguous(), b.contiguous(), scalar(scale, device), lucky=lucky)
 
 
 def test_identical_features_give_the_logarithm_of_the_batch_and_no_gradient(device: str) -> None:

@@ -63,8 +63,8 @@ def _check(inputs: dict[str, Tensor], heads: int, without_gradient: tuple[str, .
     oracle = partial(reference.cross_attention_pool, heads=heads)
     found = judged(partial(_pool, heads=heads, backend="triton"))
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in found.gradients.items())
-    # fp32 is interpreted only, to check the formulas. The LayerNorm after the product costs it a few roundings:
-    # gradients have up to 3.8 times eager's error, at most 4 units beyond three times.
+    # fp32 is interpreted only, to check the formulas. The LayerNorm after the product costs it a few roundings: the
+    # largest deviation of a gradient is up to 3.8 times eager's, at most 4 units beyond three times.
     extra = 8 * torch.finfo(torch.float32).eps if inputs["tokens_BLD"].dtype == torch.float32 else 0.0
     assert_no_worse(found, judged(oracle), judged(oracle, dtype=torch.float64), extra_floor=extra)
     return found

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.truth import assert_no_worse, error, outcome
+from tests.kernels.truth import assert_no_worse, error, mean_error, outcome
 
 
 def softmax_product(x, y):
@@ -27,7 +27,7 @@ def test_eager_passes_its_own_rule_and_a_coarse_kernel_does_not(dtype):
     assert eager.gradients.keys() == {"x", "y"}
     assert_no_worse(eager, eager, truth)
     coarse = outcome(lambda x, y: [out * 1.05 for out in softmax_product(x, y)], inputs)
-    with pytest.raises(AssertionError, match=r"output 0: error 0\.0"):
+    with pytest.raises(AssertionError, match=r"output 0: mean error 0\.0.*; output 0: error 0\.0"):
         assert_no_worse(coarse, eager, truth)
 
 
@@ -36,18 +36,43 @@ def test_gradients_are_judged_too():
     truth, eager = outcome(softmax_product, inputs, torch.float64), outcome(softmax_product, inputs)
     eager.gradients["x"][0, 0] += 1e-3
     fresh = outcome(softmax_product, inputs)
-    with pytest.raises(AssertionError, match="x: error"):
+    with pytest.raises(AssertionError, match="x: mean error"):
         assert_no_worse(eager, fresh, truth)
 
 
-def test_a_small_tensor_is_held_to_its_own_size():
-    truth = torch.full((3,), 1e-9, dtype=torch.float64)
-    assert error(truth + 1e-12, truth) == pytest.approx(1e-3)
-    assert error(torch.zeros(2), torch.zeros(2)) == 0.0
-    assert error(torch.full((2,), 0.5), torch.zeros(2)) == 0.5
+def test_one_wrong_element_among_many_shows_in_the_largest_deviation():
+    """A row of a tile that nobody wrote: too few elements to count in the mean."""
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    truth, eager = outcome(torch.sin, {"input": x}, torch.float64), outcome(torch.sin, {"input": x})
+    found = outcome(torch.sin, {"input": x})
+    found.outputs["output 0"][0] += 1e-5
+    assert mean_error(found.outputs["output 0"], truth.outputs["output 0"]) < 1e-7
+    with pytest.raises(AssertionError, match=r"^output 0: error 1e-05"):
+        assert_no_worse(found, eager, truth)
+    assert_no_worse(found, eager, truth, extra_floor=1e-5)
 
 
-def test_what_is_not_finite_must_be_so_in_the_truth():
+def test_a_drift_of_all_elements_shows_in_the_mean_and_only_luck_excuses_it():
+    x = {"x": torch.linspace(1.0, 2.0, 1000)}
+    truth = outcome(lambda x: x.clone(), x, torch.float64)
+    eager, found = outcome(lambda x: x.clone(), x), outcome(lambda x: x * (1 + 1e-6), x)
+    with pytest.raises(AssertionError, match=r"^output 0: mean error 9\.\S+, allowed \S+ \(eager 0\)$"):
+        assert_no_worse(found, eager, truth, extra_floor=1e-6)
+    assert_no_worse(found, eager, truth, extra_floor=1e-6, lucky=("output 0", "x"))
+
+
+@pytest.mark.parametrize("measure", [error, mean_error])
+def test_a_small_tensor_is_held_to_its_own_size(measure):
+    for size in (1e-9, 1e-300, 1e300):
+        truth = torch.full((3,), size, dtype=torch.float64)
+        assert measure(truth * 1.001, truth) == pytest.approx(1e-3)
+    assert measure(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert measure(torch.full((2,), 0.5), torch.zeros(2)) == 0.5
+    assert measure(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+@pytest.mark.parametrize("error", [error, mean_error])
+def test_what_is_not_finite_must_be_so_in_the_truth(error):
     nan, inf = math.nan, math.inf
     truth = torch.tensor([1.0, nan, inf])
     assert error(torch.tensor([1.0, nan, inf]), truth) == 0.0

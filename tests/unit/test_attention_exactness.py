@@ -60,8 +60,9 @@ def test_outputs_and_gradients(backend, dtype, causal, pruned, monkeypatch):
     # tokens whose weights are all but 0 and 1, little is left of the gradient, and their roundings are of what cancels.
     extra = 32 * torch.finfo(dtype).eps if (backend, dtype) == ("triton", torch.float32) else 0.0
     sides = [by_sequence(side, queries) for side in (found, eager, truth)]
+    lucky = sides[0][1] if extra else ()
     assert_tensors_no_worse(*(side[0] for side in sides), factor=OUTPUT_FACTOR, extra_floor=extra)
-    assert_tensors_no_worse(*(side[1] for side in sides), factor=GRADIENT_FACTOR, extra_floor=extra)
+    assert_tensors_no_worse(*(side[1] for side in sides), factor=GRADIENT_FACTOR, extra_floor=extra, lucky=lucky)
 
 
 def heads_of_projections(queries: list[int], heads: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
