@@ -134,7 +134,7 @@ def trainer(golden: Golden, out_dir: str, compute: ComputeConfig | None = None, 
             device="cpu",
         ),
     )
-    loader: Any = SimpleNamespace(samples_per_epoch=10**6)
+    loader: Any = SimpleNamespace(samples_per_epoch=10**6, identity="golden")
     built = Trainer(config, loader, plan=plan_run(config))
     built.student.load_reference_state_dict(golden.part("student."))
     built.teacher.load_reference_state_dict(golden.part("teacher."))

@@ -33,9 +33,13 @@ class Batch:
 
 
 class BatchSource(Protocol):
-    """Batches of one rank without end, such as data.Loader. samples_per_epoch: over all ranks."""
+    """Batches of one rank without end, such as data.Loader.
+
+    samples_per_epoch: over all ranks. identity: names the samples that positions count; equal for equal data.
+    """
 
     samples_per_epoch: int
+    identity: str
 
     @property
     def stats(self) -> Mapping[str, int]:

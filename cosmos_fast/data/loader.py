@@ -20,8 +20,9 @@ from cosmos_fast.config import DataConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.data.dali_loader import DaliImages, choose_loader
 from cosmos_fast.data.faults import FaultAccount
-from cosmos_fast.data.index import open_source
+from cosmos_fast.data.identity import data_identity
 from cosmos_fast.data.images import normalize
+from cosmos_fast.data.index import open_source
 from cosmos_fast.data.order import SampleOrder, rank_positions
 from cosmos_fast.data.recolor import recolor_
 from cosmos_fast.data.sample import MAX_ATTEMPTS, CropStack, RawBatch, SampleStream
@@ -72,8 +73,8 @@ def build_loader(
 class Loader:
     """Batches of one rank without end. Iterating again continues after the last batch handed out.
 
-    samples_per_epoch: samples of an epoch over all ranks. position: where the next batch starts. stats: how many
-    samples were skipped, by cause.
+    samples_per_epoch: samples of an epoch over all ranks. identity: of the data, see data_identity(). position: where
+    the next batch starts. stats: how many samples were skipped, by cause.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Loader:
         self.image_dtype = image_dtype
         self._dali = DaliImages(stream, batch_size, self.device) if stream.encoded_pixels else None
         self.samples_per_epoch = stream.config.samples_per_epoch or stream.order.samples_per_epoch
+        self.identity = data_identity(stream.indexes)
         self.account = FaultAccount(stream.config.max_bad_share)
         self._batches: Any = None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cosmos_fast.utils.errors import UserError
 
-_ADDED_LATER = {"loss_scale", "steps_at_scale", "overflows"}  # checkpoints from before start with their defaults
+_ADDED_LATER = {"loss_scale", "steps_at_scale", "overflows", "data"}  # older checkpoints start with the defaults
 
 
 @dataclass
@@ -15,7 +15,8 @@ class TrainState:
     """step: optimizer steps done, skipped ones included. position: global number of the next sample. epoch: passes over
     the data, a fraction. samples_seen: samples trained on, over all ranks. skipped: steps not applied because of NaN or
     Inf; nonfinite_in_a_row: those at the end. flops: floating-point operations that training needed so far, by the
-    lengths of the captions it saw. loss_scale, steps_at_scale, overflows: of engine.loss_scale; None without it."""
+    lengths of the captions it saw. loss_scale, steps_at_scale, overflows: of engine.loss_scale; None without it. data:
+    which samples the position counts, as the loader names them."""
 
     step: int = 0
     position: int = 0
@@ -27,6 +28,7 @@ class TrainState:
     loss_scale: float | None = None
     steps_at_scale: int = 0
     overflows: int = 0
+    data: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -98,6 +98,7 @@ class Trainer:
         self.precision = resolve_precision(config.run.precision, self.device)
         self.peak_rate = peak_rate(self.device, "fp8" if config.compute.linear == "fp8" else self.precision.name)
         self.state = replace(self.plan.state)
+        self._note_data()
         self.scaler = LossScaler(self.precision, self.state)
         torch.manual_seed(config.seed)
         self.student = create_model(config.model).to(self.device).train()
@@ -213,6 +214,16 @@ class Trainer:
         failed = not (applied or overflow)
         state.skipped += failed
         state.nonfinite_in_a_row = 0 if applied else state.nonfinite_in_a_row + failed
+
+    def _note_data(self) -> None:
+        """A position stands for the same sample only in the same data."""
+        before, self.state.data = self.state.data, self.loader.identity
+        if before not in (None, self.state.data):
+            _log.warning(
+                "the data has changed since the checkpoint (%s, now %s): in this epoch some samples come once more and "
+                "others not at all",
+                *(before, self.state.data),
+            )
 
     def _restore(self, folder: Path) -> None:
         snapshot = load(folder)

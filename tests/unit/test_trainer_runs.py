@@ -20,7 +20,7 @@ from cosmos_fast.engine.trainer import Trainer
 from cosmos_fast.model import compute
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock
-from tests.tiny_run import add_noise, flat, losses_of, make_trainer, rows_of, tiny_config
+from tests.tiny_run import FakeLoader, add_noise, flat, losses_of, make_trainer, rows_of, tiny_config
 
 ALL_NEGATIVES = ("run.accumulate_steps=2", "run.negatives=all")
 
@@ -153,6 +153,20 @@ def test_resume_from_a_path(tmp_path: Path, caplog) -> None:
         plan_run(branch, str(early))
     with pytest.raises(UserError, match="does not exist"):
         plan_run(config, str(tmp_path / "nowhere"))
+
+
+def test_resume_in_other_data_says_so(tmp_path: Path, caplog) -> None:
+    config = tiny_config(tmp_path, "run.max_steps=2")
+    make_trainer(config).fit()
+    for identity, is_said in (("random", False), ("40 samples, 0123", True)):
+        plan = plan_run(config, "auto")
+        loader = FakeLoader(config, plan.state.position)
+        loader.identity = identity
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="cosmos_fast"):
+            trainer = Trainer(config, loader, (), plan=plan)
+        assert ("data has changed since the checkpoint (random, now 40 samples, 0123)" in caplog.text) == is_said
+        assert trainer.state.data == identity
 
 
 def test_resume_with_another_architecture_is_refused(tmp_path: Path) -> None:
