@@ -1,0 +1,137 @@
+"""Memory of a rank, its loader workers included, is bounded: by what is prefetched, not by how long the run is."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cosmos_fast.config import DaliConfig, DataConfig, SourceConfig, ViewsConfig
+from cosmos_fast.data.loader import Loader, build_loader
+from cosmos_fast.data.sample import RawBatch, SampleStream
+from tests.lives import children
+from tests.loaders import needs_dali
+from tests.shards import sample, write_shards, write_tar
+
+SAMPLES = 10_000
+WARM_UP = 2_000
+BATCH = 50
+# Little work a sample: what is kept of one is asked here, not what it takes to make one.
+VIEWS = ViewsConfig(
+    global_crops=1,
+    local_crops=0,
+    global_captions=1,
+    local_captions=0,
+    jitter_p=0.0,
+    gray_p=0.0,
+    global_blur_p=(0.0,),
+)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """500 samples, ten of them broken: faults are bounded too."""
+    folder = write_shards(tmp_path_factory.mktemp("shards"), (300, 190))
+    broken: dict[str, bytes] = {}
+    for number in range(900, 910):
+        broken |= sample(number)
+        broken[f"{number:06d}.json"] = b"{" * number
+    write_tar(folder / "00002.tar", broken)
+    return folder
+
+
+@contextmanager
+def opened(shards: Path, **changes: Any) -> Iterator[Loader]:
+    sources = (SourceConfig(path=str(shards)),)
+    config = DataConfig(train=sources, views=VIEWS, dali=DaliConfig(threads=1), **changes)
+    loader = build_loader(config, image_size=32, context_length=77, seed=0, batch_size=BATCH)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def private_bytes(pid: int) -> int:
+    """Memory that this process alone holds: what it shares with its parent since the fork is counted nowhere."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * sum(int(size) for size in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE))
+
+
+def return_freed_memory() -> None:
+    """Have the C library give what is freed back to the system at once: without it the heap swings by 20 MiB."""
+    library = ctypes.CDLL(None)
+    for parameter, value in ((_M_MMAP_THRESHOLD, 1 << 16), (_M_TRIM_THRESHOLD, 1 << 17), (_M_ARENA_MAX, 1)):
+        assert library.mallopt(parameter, value) == 1
+
+
+def measure(shards: Path, changes: dict[str, Any], answer: Connection) -> None:
+    """In a process of its own: [bytes of it and its workers] after the warm-up and at the end."""
+    torch.set_num_threads(1)
+    return_freed_memory()
+    pid = multiprocessing.current_process().pid or 0
+    held = []
+    with opened(shards, **changes) as loader:
+        stream = iter(loader)
+        for count in (WARM_UP, SAMPLES - WARM_UP):
+            for batch in islice(stream, count // BATCH):
+                last = batch.next_position
+            held.append(sum(private_bytes(each) for each in (pid, *children(pid))))
+        assert last == SAMPLES
+    answer.send(held)
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [
+        ("pil", 2),
+        pytest.param("pil", 0, marks=pytest.mark.long),
+        pytest.param("dali", 2, marks=[needs_dali, pytest.mark.long]),
+        pytest.param("dali", 0, marks=[needs_dali, pytest.mark.long]),
+    ],
+)
+def test_memory_after_10000_samples_is_that_after_2000(shards: Path, kind: str, workers: int) -> None:
+    here, there = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=measure, args=(shards, {"loader": kind, "workers": workers}, there))
+    process.start()
+    there.close()
+    early, late = here.recv()
+    process.join()
+    assert late - early < (SAMPLES - WARM_UP) * 256  # a row of tokens that is kept takes more
+
+
+class Counting(SampleStream):
+    """Counts the batches that workers have made."""
+
+    made: Any
+
+    def __getitems__(self, positions: Any) -> RawBatch:
+        with self.made.get_lock():
+            self.made.value += 1
+        return super().__getitems__(positions)
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (2, 1), (2, 3)])
+def test_workers_make_no_more_than_the_prefetch_ahead(shards: Path, workers: int, prefetch: int) -> None:
+    with opened(shards, loader="pil", workers=workers, prefetch=prefetch) as loader:
+        loader.stream.__class__ = Counting
+        made = loader.stream.made = multiprocessing.Value("i", 0)  # type: ignore[attr-defined]
+        stream = iter(loader)
+        for handed_out in (1, 2, 3):
+            next(stream)
+            before = -1
+            while made.value != before:  # until they wait
+                before = made.value
+                time.sleep(0.1)
+            assert made.value == handed_out + workers * prefetch
