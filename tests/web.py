@@ -20,7 +20,8 @@ class Web:
 
     ranged: whether Range is honoured. fail: answers that are still to fail, with `status`. cut: answers still to break
     off after half of their bytes. delay_s: before each answer. etag: whether versions are told. password: what
-    Authorization must hold. requests, sent_bytes: what has been asked and sent. Paths in `old/` lead to those without.
+    Authorization must hold. requests, sent_bytes, busiest: what was asked and sent, and how much at a time.
+    Paths in `old/` lead to those without.
     """
 
     url: str = ""
@@ -34,6 +35,8 @@ class Web:
     password: str = ""
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent_bytes: int = 0
+    busy: int = 0
+    busiest: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
@@ -51,9 +54,15 @@ def serve(folder: Path) -> Iterator[Web]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # head and body are two packets, and the second would wait 40 ms
 
         def do_GET(self) -> None:
+            with web.lock:
+                web.busy += 1
+                web.busiest = max(web.busiest, web.busy)
             answer(self, web, folder)
+            with web.lock:
+                web.busy -= 1
 
         def log_message(self, *_: object) -> None:
             pass

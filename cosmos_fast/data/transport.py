@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 CHUNK = 1 << 20  # bytes handed on at a time
+_REQUEST = 8 << 20  # bytes asked for at a time where an answer comes as a whole
 _TAG_FIELDS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "updated", "mtime", "modified")
 _MISTAKES = {126: "it cannot be run", 127: "no such command"}
 
@@ -79,8 +80,8 @@ class FsspecTransport:
             yield self._call(url, fs.cat_file, path)
             return
         while start < stop:
-            # a request costs more than a chunk, so this way takes more at a time
-            chunk = self._call(url, fs.cat_file, path, start, min(stop, start + 8 * CHUNK))
+            # by name: the third argument of s3fs is a version
+            chunk = self._call(url, fs.cat_file, path, start=start, end=min(stop, start + _REQUEST))
             if not chunk:
                 raise ChangedError(f"{shown(url)} ends at byte {start}, {stop} were expected")
             yield chunk
@@ -106,9 +107,9 @@ class FsspecTransport:
         except Exception as error:
             raise StorageError(f"{shown(url)}: {_line(error)}") from error
 
-    def _call(self, url: str, function: Any, *arguments: Any) -> Any:
+    def _call(self, url: str, function: Any, *arguments: Any, **named: Any) -> Any:
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         except FileNotFoundError as error:
             raise MissingError(f"{shown(url)} is missing") from error
         except PermissionError as error:
