@@ -17,13 +17,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from cosmos_fast.config import DataConfig
+from cosmos_fast.data import faults
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.data.dali_loader import DaliImages, choose_loader
 from cosmos_fast.data.faults import FaultAccount
 from cosmos_fast.data.identity import data_identity
 from cosmos_fast.data.images import normalize
-from cosmos_fast.data.index import open_source
-from cosmos_fast.data.order import SampleOrder, rank_positions
+from cosmos_fast.data.mixture import open_mixture
+from cosmos_fast.data.order import rank_positions
 from cosmos_fast.data.recolor import recolor_
 from cosmos_fast.data.sample import MAX_ATTEMPTS, CropStack, RawBatch, SampleStream
 from cosmos_fast.utils.errors import UserError
@@ -51,8 +52,7 @@ def build_loader(
     """
     if not config.train:
         raise UserError("data.train is empty: name the shards, e.g. --set data.train=[{path: shards}]")
-    indexes = [open_source(source) for source in config.train]
-    order = SampleOrder([len(index) for index in indexes], [source.weight for source in config.train], seed)
+    indexes, order = open_mixture(config, seed)
     device = torch.device(device)
     with_dali = choose_loader(config.loader, device) == "dali"
     stream = SampleStream(
@@ -174,6 +174,8 @@ class Loader:
 
     def _finish(self, raw: RawBatch) -> Batch:
         self.account.settle(len(raw.keys), raw.faults)
+        if raw.exhausted is not None and raw.faults[-1].cause == faults.UNREACHABLE_SHARD:
+            raise UserError(f"{raw.faults[-1]}; resume from the last checkpoint once it can be read: nothing is lost")
         if raw.exhausted is not None:
             raise UserError(
                 f"no usable sample for position {raw.exhausted} in {MAX_ATTEMPTS} tries; the last one: "
