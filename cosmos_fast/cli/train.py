@@ -194,6 +194,7 @@ def describe(config: TrainConfig) -> None:
     click.echo(f"# compute              {config.compute.changes() or 'defaults'}")
     if (objection := why_not_here(config.model, config.compute, device)) is not None:
         click.echo(f"#   not on this machine: {objection}")
+    click.echo(f"# images               decoded by {_decoder(config, device)}")
     click.echo(f"# parameters           {needs.parameters / 1e6:.1f} M")
     click.echo(f"# FLOPs per sample     {needs.flops_per_sample / 1e9:.2f} G (forward and backward, all views)")
     click.echo(f"# memory, about        {needs.total_bytes / 2**30:.2f} GiB")
@@ -209,6 +210,15 @@ def describe(config: TrainConfig) -> None:
         click.echo(f"# steps                {steps}{epochs}")
     else:
         click.echo(f"# steps                {config.run.epochs:g} epochs of the samples in data.train")
+
+
+def _decoder(config: TrainConfig, device: torch.device) -> str:
+    from cosmos_fast.data.dali_loader import explain_choice
+
+    try:
+        return explain_choice(config.data.loader, device)[1]
+    except UserError as error:
+        return f"DALI, not on this machine: {error}"
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ import torch
 class Batch:
     """One rank's part of a global batch. V views, B samples a rank, L tokens; views stand globals first.
 
-    images: V tensors [B, 3, H, W], float32, normalised; global and local crops differ in H and W. texts: int64
-    [V, B, L], on the host: the model packs them there, so that no step waits for a GPU to tell their lengths. keys: the
-    B sample keys. position: global sample number of the first sample of the *global* batch. next_position: that of the
-    batch after it; saving it is all that a resume needs. caption_tokens: mean tokens up to EOT of each caption view,
-    counted on the host; empty where nobody counted.
+    images: V tensors [B, 3, H, W], float32 or bfloat16, normalised; global and local crops differ in H and W. texts:
+    int64 [V, B, L], on the host: the model packs them there, so that no step waits for a GPU to tell their lengths.
+    keys: the B sample keys. position: global sample number of the first sample of the *global* batch. next_position:
+    that of the batch after it; saving it is all that a resume needs. caption_tokens: mean tokens up to EOT of each
+    caption view, counted on the host; empty where nobody counted.
     """
 
     images: list[torch.Tensor]

@@ -37,21 +37,22 @@ _PIXEL = b"P6\n1 1\n255\n\0\0\0"
 
 def choose_loader(request: str, device: torch.device) -> Literal["pil", "dali"]:
     """Who decodes; the reason is logged once. UserError: DALI is asked for and cannot work here."""
+    choice, words = explain_choice(request, device)
+    _say_once(f"images are decoded by {words}")
+    return choice
+
+
+def explain_choice(request: str, device: torch.device) -> tuple[Literal["pil", "dali"], str]:
+    """The same without a line in the log: the choice, and in words. UserError as choose_loader()."""
     objection = None if request == "pil" else dali_pipeline.why_unusable(device.type)
     if request == "dali" and objection is not None:
         raise UserError(f"data.loader=dali: {objection}; {_HOW_TO_INSTALL}")
-    if request == "pil" or objection is not None:
-        _say_once(f"images are decoded by PIL in the loader's workers (data.loader={request}{_because(objection)})")
-        return "pil"
     if request == "auto" and device.type != "cuda":
-        _say_once("images are decoded by PIL in the loader's workers (data.loader=auto, without a GPU)")
-        return "pil"
-    _say_once(f"images are decoded by DALI on the {'GPU' if device.type == 'cuda' else 'CPU'} (data.loader={request})")
-    return "dali"
-
-
-def _because(objection: str | None) -> str:
-    return "" if objection is None else f": {objection}"
+        objection = "no GPU"
+    if request == "pil" or objection is not None:
+        because = "" if objection is None else f": {objection}"
+        return "pil", f"PIL in the loader's workers (data.loader={request}{because})"
+    return "dali", f"DALI on the {'GPU' if device.type == 'cuda' else 'CPU'} (data.loader={request})"
 
 
 @functools.cache

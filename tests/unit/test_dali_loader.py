@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from cosmos_fast.config import DaliConfig, DataConfig, ViewsConfig
-from cosmos_fast.data import dali_loader, dali_pipeline, faults, image_check, rng, sample
+from cosmos_fast.config import DaliConfig, ViewsConfig
+from cosmos_fast.data import dali_loader, faults, image_check, rng, sample
 from cosmos_fast.data.augment import ViewNumbers, draw_views
 from cosmos_fast.data.dali_pipeline import DaliError, DaliPipeline
 from cosmos_fast.data.encoded import fits, pack
@@ -225,48 +225,6 @@ def test_hopeless_row_of_a_dead_batch_is_exhausted(tmp_path: Path, by_pil: Opene
     assert done.exhausted == 0
     assert done.faults[0].cause == faults.BROKEN_IMAGE
     assert done.faults[0].where == "0.tar:a"
-
-
-# --- who decodes
-
-
-def test_auto_is_pil_without_a_gpu_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    dali_loader._say_once.cache_clear()
-    with caplog.at_level(logging.INFO):
-        assert [dali_loader.choose_loader("auto", torch.device("cpu")) for _ in range(3)] == ["pil"] * 3
-    assert len(caplog.messages) == 1
-    assert "PIL" in caplog.messages[0]
-
-
-def test_auto_takes_dali_on_a_gpu_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_pipeline, "why_unusable", lambda device_type: None)
-    assert dali_loader.choose_loader("auto", torch.device("cuda")) == "dali"
-    assert dali_loader.choose_loader("pil", torch.device("cuda")) == "pil"
-    monkeypatch.setattr(dali_pipeline, "why_unusable", lambda device_type: "dali is not installed")
-    assert dali_loader.choose_loader("auto", torch.device("cuda")) == "pil"
-
-
-def test_dali_by_name_is_refused_in_one_line_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali_pipeline, "why_unusable", lambda device_type: "dali is not installed")
-    with pytest.raises(UserError, match=r"dali is not installed.*dali-cuda13") as error:
-        dali_loader.choose_loader("dali", torch.device("cpu"))
-    assert "\n" not in str(error.value)
-
-
-@needs_dali
-def test_dali_does_not_work_for_devices_it_has_no_operators_for() -> None:
-    assert dali_pipeline.why_unusable("cpu") is None
-    assert "mps" in str(dali_pipeline.why_unusable("mps"))
-    if not torch.cuda.is_available():
-        assert "no CUDA device" in str(dali_pipeline.why_unusable("cuda"))
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"loader": "nvidia"}, {"dali": {"threads": 0}}, {"dali": {"ahead": -1}}, {"dali": {"max_pixels": 0}}]
-)
-def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"data\."):
-        DataConfig(**{name: DaliConfig(**value) if name == "dali" else value for name, value in wrong.items()})
 
 
 # --- pixels

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from cosmos_fast.cli import doctor
+from cosmos_fast.data import dali_pipeline
 from cosmos_fast.utils import capabilities
 from cosmos_fast.utils.capabilities import OptionalPackage, package_status
 from cosmos_kernels import native
@@ -120,3 +121,24 @@ def test_files_gone_but_metadata_left(site):
 def test_looking_does_not_import_the_package(site):
     add(site, "broken_package", "raise SystemError('imported')", "broken-package")
     assert package_status(OptionalPackage("x", "broken_package", ("broken-package",), "y")).status == "present"
+
+
+def test_two_builds_of_dali_in_one_folder_are_told(site):
+    for build in ("nvidia-dali-cuda120", "nvidia-dali-cuda130"):
+        info = site / f"{build.replace('-', '_')}-2.4.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: 2.4\n")
+    fault = BY_NAME["dali"].inspect(None, None)
+    assert "nvidia-dali-cuda130 and nvidia-dali-cuda120 share one folder" in fault
+
+
+def test_image_decoders_are_reported_with_the_reason_why_not(monkeypatch):
+    monkeypatch.setattr(dali_pipeline, "why_unusable", lambda device: None if device == "cpu" else "no [GPU]")
+    rows = doctor.examine()["loaders"]
+    assert [(row["loader"], row["device"], row["status"]) for row in rows] == [
+        ("pil", "cpu", "available"),
+        ("dali", "cpu", "available"),
+        ("dali", "cuda", "no [GPU]"),
+    ]
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "no [GPU]" in CliRunner().invoke(doctor.command, []).output

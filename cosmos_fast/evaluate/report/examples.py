@@ -158,9 +158,10 @@ def view_examples(config: TrainConfig, scenes: SceneSet) -> list[View]:
 
 
 def _views_of(config: TrainConfig, sources: tuple[SourceConfig, ...]) -> list[View]:
-    # The loader itself, so that these are the very pixels and tokens of training, not a second rendering of them.
+    # The loader itself, so that these are the pixels and tokens of training, not a second rendering of them; with
+    # PIL, which is there wherever a report is made.
     loader = build_loader(
-        replace(config.data, train=sources, workers=0),
+        replace(config.data, train=sources, workers=0, loader="pil"),
         image_size=config.model.vision.image_size,
         context_length=config.model.text.context_length,
         seed=config.seed,
