@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cosmos_fast.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, clean, tokenize, tokenizer
+from cosmos_fast.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, _ids, clean, tokenize, tokenizer, word_ids
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "tokens.json").read_text(encoding="utf-8"))
 
@@ -68,6 +70,21 @@ def test_every_printable_ascii_character_is_a_fixed_point_of_the_slow_path() -> 
 def test_hostile_lengths_are_cut() -> None:
     ids = tokenize(["word " * 50_000, "x" * 100_000], 16)
     assert (ids[:, -1] == END_ID).all()
+
+
+@given(st.text(st.characters(codec="ascii"), max_size=200))
+def test_remembered_words_give_the_ids_of_the_whole_text(text: str) -> None:
+    cleaned = clean(text)
+    whole = tokenizer().encode(cleaned, add_special_tokens=False).ids
+    assert _ids(cleaned, 10_000) == whole
+    assert _ids(cleaned, 5) == whole[:5]
+
+
+def test_memory_of_words_is_bounded_and_does_not_outlive_its_use() -> None:
+    word_ids.cache_clear()
+    tokenize(["one two two three", "four " * 1000])  # a text of 5,000 characters is not remembered
+    assert word_ids.cache_info().currsize == 3
+    assert word_ids.cache_info().maxsize is not None
 
 
 def test_importing_the_package_does_not_build_the_tokenizer() -> None:
