@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # What every benchmark imports, beside torch and numpy; rich and matplotlib where they are.
 COMMANDS = ("click", "yaml", "safetensors")
+INPUT = ("PIL", "tokenizers", "ftfy", "braceexpand")
 VIT_B_16 = ("--model", "ViT-B-16")
 PAPER_REGIME = ("--batch", "32", "--global-batch", "4096")
 KERNEL_TESTS = "kernel tests"
@@ -52,6 +53,8 @@ def plan() -> list[Step]:
         _bench("step", *VIT_B_16, "--profile", out="step_vit_b_16", limit_s=150, least_s=50),  # compiles the port last
         _bench("step", *VIT_B_16, *PAPER_REGIME, "--profile", "--no-compiled", out="step_vit_b_16_n4096", least_s=25),
         _bench("distill"),
+        _bench("loader", modules=INPUT, limit_s=100, least_s=30),
+        _bench("tokenizer", modules=INPUT),
         _bench("rates"),
     ]
     for name in SWEPT:
@@ -106,14 +109,21 @@ def _kernel_tests() -> list[Step]:
     ]
 
 
-def _bench(name: str, *options: str, out: str | None = None, limit_s: float = 50, least_s: float = 12) -> Step:
+def _bench(
+    name: str,
+    *options: str,
+    out: str | None = None,
+    limit_s: float = 50,
+    least_s: float = 12,
+    modules: tuple[str, ...] = (),
+) -> Step:
     where = ("--out", f"{{out}}/{out or name}.json")
     return Step(
         name=" ".join(("bench", name, *options)),
         command=("-m", f"benchmarks.bench_{name}", "--device", "cuda", *options, *where),
         limit_s=limit_s,
         least_s=least_s,
-        modules=COMMANDS,
+        modules=(*COMMANDS, *modules),
     )
 
 

@@ -185,6 +185,7 @@ def _tiny_sweep(make: Callable[[str], Any], size: int) -> Callable[[str], Any]:
 
 
 SWEEP_SIZES = {"infonce": 4, "pool": 1, "distill": 64, "optimizer": 1, "attention": 1, "layer_norm": 3}
+LOADER_PARTS = ("fed_step", "loader_gpu", "loader_parts")
 
 
 def _tiny_step() -> Any:
@@ -217,11 +218,32 @@ def _small(name: str, module: ModuleType) -> Mapping[str, Any]:
     if name == "bench_packed_text":
         text = {"text_width": 64, "text_heads": 1, "vocab_size": 512, "embed_dim": 64}
         return {"VIT_B_16": replace(shapes.VIT_B_16, **text), "Setting": _cut(module.Setting, _0=1, _1=1)}
+    if name == "bench_loader":
+        found = import_module("benchmarks.loader_setting").missing_loaders
+        return {"SAMPLES": {"cuda": 4}, "BATCH": {"cpu": 2, "cuda": 2}, "missing_loaders": lambda _: found("cpu")}
+    if name == "bench_tokenizer":
+        return {"SEEN_SAMPLES": 2}
     if name == "bench_savings":
         return {"vit_b_16_step": lambda batch: _tiny_step()}
     if name == "sweeps":
         return {"SWEEPS": {key: _tiny_sweep(make, SWEEP_SIZES[key]) for key, make in module.SWEEPS.items()}}
     return {}
+
+
+def _small_input() -> list[tuple[Any, Mapping[str, Any]]]:
+    """What `bench loader` measures with: DALI's pipelines are the CPU's, steps are few and small."""
+    shapes, fed, gpu, host = (import_module(f"benchmarks.{name}") for name in ("shapes", *LOADER_PARTS))
+    dali = import_module("cosmos_fast.data.dali_pipeline")
+    make, reason = dali.DaliPipeline.__init__, dali.why_unusable
+    on_cpu = lambda self, crops, batch, _, **more: make(self, crops, batch, torch.device("cpu"), **more)  # noqa: E731
+    tiny = {"vit_b_16_step": lambda _: shapes.mini_step(width=64, layers=1, batch=2)}
+    return [
+        (fed, {"STEPS": 1, "alternate": _cut(fed.alternate, _3=1), **tiny}),
+        (gpu, {"BATCHES": 1}),
+        (host, {"STAGE_BATCHES": 1}),
+        (dali, {"why_unusable": lambda _: reason("cpu")}),
+        (dali.DaliPipeline, {"__init__": on_cpu}),
+    ]
 
 
 @contextmanager
@@ -248,6 +270,7 @@ def cut_down(name: str) -> Iterator[ModuleType]:
         ),
         (setting, {"vit_b_16_step": tiny_step, "OtherRanks": _cut(others.OtherRanks, _0=6)}),
     ]
+    patches += _small_input() if name == "bench_loader" else []
     rates: dict[str, Any] = {"matmul_flops_per_s": lambda *_: 1e12, "copy_bytes_per_s": lambda *_: 1e12}
     loaded = [found for key, found in sys.modules.items() if key.startswith("benchmarks.")]
     few = {
