@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import Image
 
+from benchmarks.original_input import recolor as pil_view
 from cosmos_fast.config import ViewsConfig
 from cosmos_fast.data import faults, rng
 from cosmos_fast.data.augment import ViewNumbers, draw_views
@@ -156,29 +157,6 @@ def test_crop_and_resize_is_within_a_level_of_pil(size: int, box: tuple[int, int
     assert cut.dtype == torch.uint8
     assert difference.max() <= 1
     assert difference.mean() < 0.05
-
-
-def pil_hue(image: Image.Image, turns: float) -> Image.Image:
-    hue, saturation, value = (np.asarray(band).astype(int) for band in image.convert("HSV").split())
-    shifted = np.stack([(hue + int(turns * 255)) % 256, saturation, value], -1).astype(np.uint8)
-    return Image.frombytes("HSV", image.size, shifted.tobytes()).convert("RGB")
-
-
-def pil_view(image: Image.Image, view: ViewNumbers) -> Image.Image:
-    """The colour half of a view by PIL, one operation after the other."""
-    for operation, amount in view.jitter:
-        if operation == "hue":
-            image = pil_hue(image, amount)
-        else:
-            name = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}[operation]
-            image = getattr(ImageEnhance, name)(image).enhance(amount)
-    if view.gray:
-        image = image.convert("L").convert("RGB")
-    if view.blur_radius:
-        image = image.filter(ImageFilter.GaussianBlur(view.blur_radius))
-    if view.solarize_threshold is not None:
-        image = ImageOps.solarize(image, view.solarize_threshold)
-    return ImageOps.mirror(image) if view.flip else image
 
 
 def recolored(image: Image.Image, view: ViewNumbers) -> np.ndarray:
