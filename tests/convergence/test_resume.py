@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -106,3 +107,26 @@ def test_sigterm_to_the_whole_process_group_saves_exits_0_and_resumes(
     _, errors = resumed.communicate(timeout=180)
     assert resumed.returncode == 0, errors
     assert timeless(rows(tmp_path, "stopped")) == uninterrupted
+
+
+@pytest.mark.long
+def test_sigkill_at_random_moments_on_any_number_of_workers_gives_the_same_losses(
+    tmp_path: Path, shards: Path, uninterrupted: list[dict]
+) -> None:
+    """Of the whole process group as of the trainer alone; in the middle of steps, of saves, and before the first."""
+    chance = random.Random(0)
+    done, kills = 0, 0
+    while done < 20:
+        settings = (f"--set=data.workers={kills % 3}", "--set=run.checkpoint_every_steps=2", "--resume")
+        process = start(tmp_path, shards, "cut", *settings)
+        wait_for_step(process, tmp_path, "cut", done + chance.randrange(5)) if kills else time.sleep(1)
+        time.sleep(0.3 * chance.random())
+        (os.killpg if kills % 2 else os.kill)(process.pid, signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        done = max((row["step"] for row in rows(tmp_path, "cut")), default=0)
+    assert kills >= 5
+    last = start(tmp_path, shards, "cut", "--resume")
+    _, errors = last.communicate(timeout=180)
+    assert last.returncode == 0, errors
+    assert timeless(rows(tmp_path, "cut")) == uninterrupted
