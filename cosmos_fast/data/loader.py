@@ -96,7 +96,7 @@ class Loader:
         self.image_dtype = image_dtype
         self._dali = DaliImages(stream, batch_size, self.device) if stream.encoded_pixels else None
         self.samples_per_epoch = stream.config.samples_per_epoch or stream.order.samples_per_epoch
-        self.identity = data_identity(stream.indexes)
+        self.identity = data_identity(stream.indexes, stream.order.windows)
         self.account = FaultAccount(stream.config.max_bad_share)
         self._batches: Any = None
 

@@ -231,6 +231,14 @@ def test_resume_in_window_order_on_another_number_of_ranks(tmp_path: Path) -> No
     assert [batch.keys for batch in whole[3:]] == [a.keys + b.keys for a, b in zip(*ranks, strict=True)]
 
 
+def test_another_order_is_other_data(tmp_path: Path) -> None:
+    folder = str(write_shards(tmp_path, (9, 1, 13)))
+    changes = [{}, {"order": "window"}, {"order": "window", "window_pieces": 3}, {"order": "window", "remote": SMALL}]
+    names = [loader_of(folder, **change).identity for change in changes]
+    assert len(set(names)) == 4
+    assert loader_of(folder, order="global").identity == names[0]
+
+
 def test_an_outage_in_the_middle_ends_the_run_in_one_line(web: Web) -> None:
     quick = RemoteConfig(piece_mib=4 / 1024, retry_s=0.2)
     loader = loader_of(web.url + "/{00000..00002}.tar", remote=quick, window_pieces=1)
