@@ -23,7 +23,7 @@ PIXELPROSE_FIELDS = ("original_caption", "caption")
 MAX_RECORD_BYTES = 1 << 20  # real records hold a few kB; json and ftfy are slow on more
 _PIXELPROSE_SPLIT = re.compile(r"\n|</s>|\.")
 # A full stop ends a sentence when space and no lower-case letter follow ("2.5 m", "e.g. this" stay whole).
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?![a-z])|\n+|</s>")
+_SENTENCE_END = re.compile(r"[.!?]\s+(?![a-z\s])")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def _pixelprose_sentences(raw: dict[str, Any]) -> list[str]:
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a text, stripped, none empty; without their full stops, since captions are joined with ". "."""
-    return _strip_all(part.strip().rstrip(".") for part in _SENTENCE_END.split(text))
+    lines = _SENTENCE_END.sub(lambda end: f"{end[0][0]}\n", text.replace("</s>", "\n")).split("\n")
+    return _strip_all(line.strip().rstrip(".") for line in lines)
 
 
 def _strip_all(texts: Any) -> list[str]:

@@ -19,7 +19,7 @@ from cosmos_fast.data.prepare import shard as shard_module
 from cosmos_fast.data.prepare import store as store_module
 from cosmos_fast.data.shard_files import locked
 from tests.downloads import download_members, prepared_records, write_download, write_dreamlip
-from tests.shards import write_tar
+from tests.shards import picture, write_tar
 
 
 def dreamlip(table: Path, images: Path, out: Path, *extra: str) -> list[str]:
@@ -36,9 +36,13 @@ def table(tmp_path: Path) -> Path:
     return write_dreamlip(tmp_path / "cc3m_3long_3short_1raw_captions_url.csv", range(20))
 
 
-def test_killed_half_way_the_same_command_completes_it_byte_for_byte(tmp_path: Path) -> None:
-    table = write_dreamlip(tmp_path / "t.csv", range(2400))
-    images = write_download(tmp_path / "images", (200,) * 12)
+def test_killed_half_way_the_same_command_completes_it_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(0)
+    monkeypatch.setattr("tests.downloads.picture", lambda number: image)
+    table = write_dreamlip(tmp_path / "t.csv", range(1500))
+    images = write_download(tmp_path / "images", (150,) * 10)
     root = Path(__file__).resolve().parents[2]
     call = [sys.executable, "-m", "cosmos_fast.cli.main", *dreamlip(table, images, tmp_path / "broken", "--workers=2")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
@@ -52,15 +56,17 @@ def test_killed_half_way_the_same_command_completes_it_byte_for_byte(tmp_path: P
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (tmp_path / "broken" / "00011.tar.tmp").write_bytes(b"left by an earlier kill")
+    (tmp_path / "broken" / "00009.tar.tmp").write_bytes(b"left by an earlier kill")
     wait_until_quiet(tmp_path / "broken")
     reported = {path.stem for path in (tmp_path / "broken" / ".prepare").glob("0*.json")}
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "broken").glob("*.tar") if path.stem in reported}
-    assert len(reported) < 12
+    named = shards_of(tmp_path / "broken")
+    assert len(reported) < 10
     assert run(command, dreamlip(table, images, tmp_path / "broken")) == 0
     assert run(command, dreamlip(table, images, tmp_path / "whole")) == 0
     assert shards_of(tmp_path / "broken") == shards_of(tmp_path / "whole")
-    assert len(shards_of(tmp_path / "whole")) == 12
+    assert len(shards_of(tmp_path / "whole")) == 10
+    assert named.items() <= shards_of(tmp_path / "whole").items()  # what had its name was whole
     assert {path: path.stat().st_mtime_ns for path in before} == before  # kept, not written again
     assert not list((tmp_path / "broken").rglob("*.tmp"))
 
@@ -153,7 +159,10 @@ def _die(job: int, progress: object) -> None:
     ("change", "told"),
     [
         ({"table": "none.csv"}, "caption table '{}/none.csv' is not there"),
-        ({"table": "other.csv"}, "none of 4 images looked at is in the caption table"),
+        (
+            {"table": "other.csv"},
+            "none of 4 images looked at has captions (the first: not in the caption table https://images.example.org/000000",
+        ),
         ({"table": "empty.csv"}, "no row has captions (it is empty)"),
         ({"table": "wrong.csv"}, "is no table of dreamlip: it needs a column 'Image Path' and has a, b"),
         ({"images": "none"}, "shard {}/none is missing"),

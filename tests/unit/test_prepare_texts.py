@@ -34,6 +34,7 @@ from tests.downloads import (
     [
         ("A cabin. It is 2.5 m high.", ["A cabin", "It is 2.5 m high"]),
         ("one</s>two\n\n three ...", ["one", "two", "three"]),
+        ("Is it?  Yes!  e.g.  this", ["Is it?", "Yes!  e.g.  this"]),
         (["A cabin. It is old.", " ", None, 3, "two"], ["A cabin", "It is old", "two"]),
         ('["A cabin.", "It\'s old"]', ["A cabin", "It's old"]),
         ("['A cabin.', \"It's old\"]", ["A cabin", "It's old"]),

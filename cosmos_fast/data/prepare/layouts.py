@@ -27,7 +27,7 @@ class Layout:
 
     def record(self, row: Mapping[str, Any]) -> Record | None:
         """Captions of a row; None if it has none."""
-        return dreamlip_record(row) if self is DREAMLIP else pixelprose_record(row)
+        return dreamlip_record(row) if self.name == "dreamlip" else pixelprose_record(row)
 
 
 DREAMLIP = Layout("dreamlip", ("Image Path", "url"), "Image Path", DREAMLIP_FIELDS, DREAMLIP_FIELDS)

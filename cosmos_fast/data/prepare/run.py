@@ -24,7 +24,7 @@ from cosmos_fast.data.prepare.shard import (
     Join,
     ShardPlan,
     ShardReport,
-    join_name,
+    find_record,
     key_of,
     read_report,
     write_shard,
@@ -120,7 +120,7 @@ def prepare(settings: PrepareSettings, workers: int, begin: Begin) -> Summary:
 
 
 def _plan(unit: Unit, settings: PrepareSettings, captions: CaptionStore | None) -> ShardPlan:
-    return ShardPlan(unit, settings.out, captions, settings.join)
+    return ShardPlan(unit, settings.out, captions, settings.layout, settings.join)
 
 
 def _sum_up(units: Sequence[Unit], settings: PrepareSettings, summary: Summary) -> None:
@@ -185,14 +185,10 @@ def _open_captions(settings: PrepareSettings, reader: TableReader | None, begin:
 
 
 def _records(reader: TableReader, join: Join, advance: Callable[[int], None]) -> Iterator[tuple[str, Record]]:
+    """Texts as they stand in the table: the workers make sentences of those that are asked for."""
     for name, row in reader.rows(advance):
-        record = reader.layout.record(row)
-        if record is None:
-            reader.problems["row without captions"] += 1
-        elif join == "key":
-            yield key_of(name), record
-        else:
-            yield name, {**record, "url": name}
+        texts = {column: value for column in reader.layout.columns if (value := row.get(column))}
+        yield (key_of(name) if join == "key" else name), texts
 
 
 def _check_they_fit(plans: Sequence[ShardPlan]) -> None:
@@ -200,29 +196,26 @@ def _check_they_fit(plans: Sequence[ShardPlan]) -> None:
     captions = plans[0].captions
     if captions is None:
         return
-    asked: list[str] = []
+    met: list[str] = []
     example = captions.example()
     for plan in plans[:: max(1, len(plans) // _PROBED_UNITS)][:_PROBED_UNITS]:
         for download in islice(downloads(plan.unit, Counter()), _PROBED_SAMPLES):
             try:
-                name = join_name(download, plan.join)
+                find_record(download, plan)
             except faults.SampleFault as fault:
-                asked.append(f"{fault.cause} ({fault.detail})")
-                continue
-            if captions.find(name) is not None:
+                met.append(f"{fault.cause} {fault.detail}".strip())
+            else:
                 captions.close()
                 return
-            asked.append(name)
     captions.close()
     remove_store(plans[0].out / WORK)
     with contextlib.suppress(OSError):  # it is not empty where there was something before
         (plans[0].out / WORK).rmdir()
         plans[0].out.rmdir()
-    seen = f"an image has {asked[0]!r}, the table {example!r}" if asked else "there is no image"
-    other = "key" if plans[0].join == "url" else "url"
+    seen = f"the first: {met[0]}; the table has {example}" if met else "there is no image"
     raise UserError(
-        f"none of {len(asked)} images looked at is in the caption table ({seen}): are they of the same data set? "
-        f"--join {other} compares something else"
+        f"none of {len(met)} images looked at has captions ({seen}): are they of the same data set, and are all "
+        f"tables given? --join {'key' if plans[0].join == 'url' else 'url'} compares something else"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 from cosmos_fast.data import faults
 from cosmos_fast.data.index import IMAGE_EXTENSIONS
 from cosmos_fast.data.prepare.downloads import Download, Unit, downloads
-from cosmos_fast.data.prepare.layouts import download_record
+from cosmos_fast.data.prepare.layouts import Layout, download_record
 from cosmos_fast.data.prepare.store import CaptionStore
 from cosmos_fast.data.shard_files import is_complete_tar, write_error
 from cosmos_fast.utils.files import fsync_path, write_atomic
@@ -29,11 +29,12 @@ Join = Literal["url", "key"]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A unit and where its shard goes. captions: None takes those that were downloaded along."""
+    """A unit and where its shard goes. captions, in this layout: None takes those downloaded along."""
 
     unit: Unit
     out: Path
     captions: CaptionStore | None
+    layout: Layout | None
     join: Join
 
     @property
@@ -110,7 +111,7 @@ def _fill(tar: tarfile.TarFile, plan: ShardPlan, report: ShardReport, progress: 
     passed = 0
     for download in downloads(plan.unit, report.left_out):
         try:
-            record = find_record(download, plan.captions, plan.join)
+            record = find_record(download, plan)
             extension, image = download.read_image()
         except faults.SampleFault as fault:
             report.leave_out(fault.cause, download.key)
@@ -123,20 +124,19 @@ def _fill(tar: tarfile.TarFile, plan: ShardPlan, report: ShardReport, progress: 
             passed = now
 
 
-def find_record(download: Download, captions: CaptionStore | None, join: Join) -> bytes:
+def find_record(download: Download, plan: ShardPlan) -> bytes:
     """The json of a sample's captions. Raises faults.SampleFault: there are none, or no metadata to find them by."""
-    if captions is None:
+    if plan.captions is None or plan.layout is None:
         metadata = download.read_metadata()
-        record = download_record(metadata, download.read_text())
-        if record is None:
-            raise faults.SampleFault(faults.NO_CAPTION)
-        url = metadata.get("url")
-        return json.dumps(record | ({"url": url} if isinstance(url, str) else {})).encode()
-    name = join_name(download, join)
-    found = captions.find(name)
-    if found is None:
-        raise faults.SampleFault(NOT_IN_TABLE, name)
-    return found
+        record, url = download_record(metadata, download.read_text()), metadata.get("url")
+    else:
+        name = join_name(download, plan.join)
+        if (row := plan.captions.find(name)) is None:
+            raise faults.SampleFault(NOT_IN_TABLE, name)
+        record, url = plan.layout.record(json.loads(row)), name if plan.join == "url" else None
+    if record is None:
+        raise faults.SampleFault(faults.NO_CAPTION)
+    return json.dumps(record | ({"url": url} if isinstance(url, str) else {})).encode()
 
 
 def join_name(download: Download, join: Join) -> str:

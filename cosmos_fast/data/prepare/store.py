@@ -85,7 +85,8 @@ def build_store(
     hashes, offsets, offset = array("Q"), array("Q"), 0
     with (folder / _RECORDS).open("wb") as out:
         for name, record in records:
-            name_bytes, data = name.encode("utf-8", "replace"), json.dumps(record).encode()
+            name_bytes = name.encode("utf-8", "replace")
+            data = json.dumps(record, default=lambda other: None).encode()  # parquet may hold bytes and dates
             out.write(_LENGTHS.pack(len(name_bytes), len(data)) + name_bytes + data)
             hashes.append(_hash(name))
             offsets.append(offset)
