@@ -20,11 +20,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` with `text`; a crash leaves the old file or the new one."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace `path` with `content`, text as UTF-8; a crash leaves the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         fsync_path(aside)
         os.replace(aside, path)
     finally:

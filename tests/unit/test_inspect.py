@@ -1,20 +1,25 @@
-"""`cosmos-fast data inspect`: numbers are those of the shards, bad samples are counted, the sheet has pictures."""
+"""`cosmos-fast data inspect`: its numbers are those of the shards, and bad samples are counted by cause."""
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from cosmos_fast.cli.main import command, run
+from cosmos_fast.config import TrainConfig
 from cosmos_fast.data import inspect
+from cosmos_fast.data.histogram import histogram
 from cosmos_fast.data.synthetic.scene import SceneSettings
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
-from tests.shards import sample, write_tar
+from cosmos_fast.data.tokenizer import tokenize
+from tests.shards import picture, record, sample, write_tar
+
+DEFAULTS = TrainConfig(name="defaults")
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +40,82 @@ def records_of(folder: Path) -> list[dict[str, list[str]]]:
 
 
 def test_survey_counts_what_is_there(dataset: Path) -> None:
-    train, heldout = inspect.open_sources(dataset)
+    train, heldout = inspect.open_sources(str(dataset))
     assert [Path(index.source.path).name for index in (train, heldout)] == ["train", "heldout"]
-    found = inspect.survey(train, limit=1000)
+    found = inspect.survey(train, DEFAULTS, limit=1000)
     assert (found.shards, found.samples, found.examined) == (2, 14, 14)
-    assert found.member_kinds == {"jpg json mask.png": 14}
+    assert found.kinds == {"jpg json mask.png": 14}
     assert found.schemas == {"dreamlip": 14}
+    assert found.formats == {"JPEG RGB": 14}
     lists = [[v for name, v in record.items() if name != "scene"] for record in records_of(dataset / "train")]
     assert found.sentences == [sum(len(part) for part in parts) for parts in lists]
     assert sum(found.words) == sum(len(s.split()) for parts in lists for part in parts for s in part)
     assert all(48 <= side <= 64 for size in found.sides for side in size)
+    assert len(found.image_bytes) == 14
     assert found.faults == []
+
+
+def test_token_lengths_are_those_of_the_tokenizer_and_of_the_captions_drawn(tmp_path: Path) -> None:
+    """Nine sentences "raw 0", "long ib 0 a", ...: their ids are counted by hand, start and end included."""
+    write_tar(tmp_path / "0.tar", {**sample(0), **sample(1)})
+    config = TrainConfig(name="x")
+    found = inspect.survey(inspect.open_sources(str(tmp_path))[0], config, limit=10)
+    assert sorted(found.sentence_tokens) == sorted(2 * [4, 5, 5, 6, 6, 6, 6, 7, 7]) or len(found.sentence_tokens) == 18
+    texts = [text for part in json.loads(record(0)).values() for text in part]
+    assert found.sentence_tokens[:9] == [int(row.argmax()) + 1 for row in tokenize(texts)]
+    assert len(found.global_tokens) == 2 * config.data.views.global_captions
+    assert len(found.local_tokens) == 2 * config.data.views.local_captions
+    assert set(found.local_tokens) <= set(found.sentence_tokens)
+    assert max(found.global_tokens) > max(found.local_tokens)  # up to five sentences in one
+
+
+def test_captions_over_the_context_length_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = json.dumps({"raw_caption": ["word " * 100]}).encode()
+    write_tar(tmp_path / "0.tar", {**sample(0), "z.jpg": picture(9), "z.json": long})
+    arguments = ["data", "inspect", str(tmp_path), "--samples", "2"]
+    assert run(command, arguments) == 0
+    text = capsys.readouterr().out
+    assert "global captions longer than 77 tokens, cut: 2 (50.0 %)" in text
+    assert "local captions longer than 77 tokens, cut: 6 (50.0 %)" in text
+    assert run(command, [*arguments, "--set", "model.text.context_length=16"]) == 0
+    assert "local captions longer than 16 tokens, cut: 6 (50.0 %)" in capsys.readouterr().out
+
+
+def test_formats_and_colour_modes_are_counted_as_stored(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for number, (kind, mode) in enumerate([("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("WEBP", "RGB")]):
+        name = f"{number}.{kind.lower()}"
+        members |= {name: picture(number, file_format=kind, mode=mode), f"{number}.json": record(number)}
+    deep = io.BytesIO()
+    Image.new("I;16", (40, 32), 1000).save(deep, "PNG")
+    write_tar(tmp_path / "0.tar", {**members, "9.png": deep.getvalue(), "9.json": record(9)})
+    found = inspect.survey(inspect.open_sources(str(tmp_path))[0], DEFAULTS, limit=10)
+    assert found.formats == {"JPEG RGB": 1, "JPEG CMYK": 1, "PNG RGBA": 1, "WEBP RGB": 1, "PNG I;16": 1}
 
 
 def test_limit_spreads_over_the_source(dataset: Path) -> None:
     assert inspect.spread(14, 100) == list(range(14))
     assert inspect.spread(100, 4) == [12, 37, 62, 87]
-    found = inspect.survey(inspect.open_sources(dataset / "train")[0], limit=3)
+    found = inspect.survey(inspect.open_sources(str(dataset / "train"))[0], DEFAULTS, limit=3)
     assert (found.samples, found.examined) == (14, 3)
     assert "(3 samples read)" in inspect.describe(found)
+
+
+def test_histograms() -> None:
+    assert histogram("nothing", []) is None
+    one = histogram("one", [7, 7])
+    assert one is not None
+    assert one.lines() == ["  one: 7 to 7, median 7, mean 7.0"]
+    found = histogram("lengths", [*range(10, 20), *range(10, 20), 43])
+    assert found is not None
+    assert found.summary == "10 to 43, median 15, mean 15.9"
+    assert [(each.label, each.count) for each in found.bins] == [
+        *(("10-13", 8), ("14-17", 8), ("18-21", 4)),
+        *((label, 0) for label in ("22-25", "26-29", "30-33", "34-37", "38-41")),
+        ("42-45", 1),
+    ]
+    assert [each.length for each in found.bins[:3]] == [1.0, 1.0, 0.5]
+    assert found.lines()[1] == f"        10-13 {'█' * 32} 8 (38.1 %)"
 
 
 def test_bad_samples_are_counted_by_cause_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,33 +134,11 @@ def test_bad_samples_are_counted_by_cause_and_named(tmp_path: Path, capsys: pyte
     assert "members json: 1 (20.0 %)" in text
 
 
-def test_contact_sheet_shows_the_pictures(dataset: Path, tmp_path: Path) -> None:
-    sheet_path = tmp_path / "deep" / "sheet.png"
-    assert run(command, ["data", "inspect", str(dataset), "--samples", "5", "--out", str(sheet_path)]) == 0
-    sheet = np.asarray(Image.open(sheet_path).convert("RGB")).astype(np.int16)
-    cards = inspect.pick_cards(inspect.open_sources(dataset), 5)
-    assert [card.key.split("_")[0] for card in cards] == ["train"] * 3 + ["heldout"] * 2
-    row, column = sheet.shape[0] // 2, sheet.shape[1] // 4
-    for number, card in enumerate(cards):
-        cell = sheet[number // 4 * row : (number // 4 + 1) * row, number % 4 * column : (number % 4 + 1) * column]
-        picture = np.asarray(card.image.resize((230, 230))).astype(np.int16)
-        centre = cell[60:180, 100:250].reshape(-1, 3).mean(0)
-        assert np.abs(centre - picture[46:166, 60:170].reshape(-1, 3).mean(0)).max() < 30
-        text = cell[250:].min(axis=2)
-        assert (text < 100).sum() > 150  # dark letters below the picture
-    assert sheet[row + 20 :, 3 * column :].min() > 240  # five cards: the rest of the second row is empty
-
-
-def test_default_sheet_lies_beside_the_shards(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_results_lie_beside_the_shards(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, ["data", "inspect", str(dataset / "train"), "--samples", "2"]) == 0
     assert Image.open(dataset / "train" / "inspect.png").size[0] > 600
+    assert (dataset / "train" / "inspect.html").is_file()
     assert "sentences a sample: " in capsys.readouterr().out
-
-
-def test_captions_with_control_characters_are_drawn_as_spaces() -> None:
-    assert inspect._printable("a\x1b[31m red\ncircle") == "a [31m red circle"
-    card = inspect.Card("k", Image.new("RGB", (40, 1)), ["a\x00b" * 500])
-    assert inspect.contact_sheet([card]).size[1] < 500
 
 
 @pytest.mark.parametrize("wrong", [["/nowhere/at/all"], ["{00..01.tar"], [".", "--samples", "0"], []])

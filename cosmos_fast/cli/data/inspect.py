@@ -1,4 +1,4 @@
-"""`cosmos-fast data inspect`: statistics of shards, and a contact sheet of images with captions."""
+"""`cosmos-fast data inspect`: statistics of shards, and samples as the model sees them, as a picture and a page."""
 
 from __future__ import annotations
 
@@ -8,41 +8,66 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
+from cosmos_fast.cli.data.settings import resolve_settings, takes_settings
 from cosmos_fast.utils.errors import UserError
 
 
 @click.command(name="inspect")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--samples", type=click.IntRange(1, 400), default=12, show_default=True, help="Pictures on the sheet.")
+@click.argument("path")
+@takes_settings
+@click.option("--samples", type=click.IntRange(1, 400), default=12, show_default=True, help="Samples on the sheet.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Contact sheet to write, PNG.  [default: inspect.png in the directory of the shards]",
+    help="Contact sheet to write, PNG; the page goes beside it.  [default: inspect.png in the directory of the shards]",
 )
 @click.option("--limit", type=click.IntRange(1), default=5000, show_default=True, help="Samples read for statistics.")
-def command(path: Path, samples: int, out: Path | None, limit: int) -> None:
-    """Show what is in PATH: a directory of tar shards, a data set of `data synth`, a glob, a brace pattern or a file.
+def command(
+    path: str,
+    recipe: str | None,
+    config_file: str | None,
+    overrides: tuple[str, ...],
+    samples: int,
+    out: Path | None,
+    limit: int,
+) -> None:
+    """Show what is in PATH: a directory of shards, a data set of `data synth`, a glob, a brace pattern, a file, a URL.
 
-    Prints samples, member kinds, image sizes (px), captions a sample, words a sentence and bad samples by cause, and
-    writes a contact sheet.
+    Prints samples, members, image formats and sizes (px), sentences a sample, words and tokens a sentence, tokens of
+    the captions that training draws, and bad samples by cause. Writes a contact sheet (PNG) and a page (HTML) with all
+    of it: crops and captions are those of the first epoch of a run.
     """
-    from cosmos_fast.data import inspect  # imports torch, which --help need not wait for
+    from cosmos_fast.data import contact_sheet, inspect, inspect_page  # imports torch, which --help need not wait for
+    from cosmos_fast.data.storage import Storage
+    from cosmos_fast.utils.files import write_atomic
 
-    indexes = inspect.open_sources(path)
+    sheet = out or default_sheet(path)
+    if sheet.suffix.lower() != ".png":
+        raise UserError(f"--out {sheet}: it names the contact sheet, a PNG; the page goes beside it")
+    config = resolve_settings(recipe, config_file, overrides, (path,))
+    storage = Storage(config.data.remote, allow_pipe=config.data.allow_pipe)
+    indexes = inspect.open_sources(path, storage)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=sum(min(limit, len(index)) for index in indexes))
-        surveys = [inspect.survey(index, limit, lambda samples: bar.advance(task, samples)) for index in indexes]
+        surveys = [inspect.survey(index, config, limit, lambda done: bar.advance(task, done)) for index in indexes]
     for found in surveys:
         click.echo(inspect.describe(found))
-    sheet = out or (path if path.is_dir() else path.parent) / "inspect.png"
-    cards = inspect.pick_cards(indexes, samples)
+    cards = contact_sheet.pick_cards(indexes, config, samples)
     if not cards:
         raise UserError(f"{path}: no usable sample for the contact sheet, see the causes above")
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        inspect.contact_sheet(cards).save(sheet, "PNG")
+        write_atomic(sheet, contact_sheet.to_png(cards))
+        write_atomic(sheet.with_suffix(".html"), inspect_page.render(surveys, cards, config))
     except OSError as error:
         raise UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --out") from error
-    click.echo(f"contact sheet of {len(cards)} samples: {sheet}")
+    click.echo(f"contact sheet of {len(cards)} samples: {sheet}, page: {sheet.with_suffix('.html')}")
+
+
+def default_sheet(path: str) -> Path:
+    """Beside the shards; in the working directory where they are not files of this machine."""
+    if "://" in path:
+        return Path("inspect.png")
+    return (Path(path) if Path(path).is_dir() else Path(path).parent) / "inspect.png"
