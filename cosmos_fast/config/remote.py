@@ -11,7 +11,7 @@ from cosmos_fast.config.checks import require, require_not_negative, require_pos
 class RemoteConfig:
     """Shards behind URLs, read in pieces and kept in a bounded cache on the local disk.
 
-    cache_dir: its folder; None takes `shards` in $COSMOS_CACHE_DIR or in ~/.cache/cosmos-fast. cache_gib: its cap, GiB,
+    cache_dir: where its folder goes; None is $COSMOS_CACHE_DIR or ~/.cache/cosmos-fast. cache_gib: its cap, GiB,
     for all processes of the machine together; 0 keeps nothing. piece_mib: what one read fetches of a shard, MiB.
     retry_s: how long a read that fails is tried again, seconds. timeout_s: how long a server may stay silent, seconds.
     threads: pieces fetched ahead at a time, a loader process.

@@ -142,7 +142,7 @@ class DiskCache:
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                if entry.name == _ACCOUNT:
+                if entry.name == _ACCOUNT or not entry.is_file(follow_symlinks=False):
                     continue
                 with contextlib.suppress(FileNotFoundError):
                     state = entry.stat(follow_symlinks=False)

@@ -238,7 +238,8 @@ def _storage(config: RemoteConfig, allow_pipe: bool) -> Storage:
 
 def _cache_folder(config: RemoteConfig) -> Path:
     if config.cache_dir is not None:
-        return Path(config.cache_dir).expanduser()
+        # a folder of its own: what lies in it may be removed
+        return Path(config.cache_dir).expanduser() / "cosmos-fast-shards"
     return Path(os.environ.get("COSMOS_CACHE_DIR") or Path.home() / ".cache" / "cosmos-fast") / "shards"
 
 

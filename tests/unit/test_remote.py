@@ -192,6 +192,17 @@ def test_a_cache_that_cannot_be_written_makes_reading_slow_not_impossible(
     assert len([line for line in caplog.messages if "reading is slow" in line]) == 1
 
 
+def test_the_cache_leaves_other_files_of_its_folder_alone(web: Web, tmp_path: Path) -> None:
+    mine = tmp_path / "data"
+    mine.mkdir()
+    (mine / "thesis.tex").write_bytes(bytes(9000))
+    found = opened(web.url + "/{00000..00001}.tar", cache_dir=str(mine), cache_gib=8e-6, piece_mib=1e-3)
+    check(found)
+    assert found.storage.cache.used_bytes() < 9000
+    assert (mine / "thesis.tex").exists()
+    assert sum(path.is_dir() for path in mine.iterdir()) == 1
+
+
 def _read_all(found: Index) -> bool:
     check(found)
     return True
