@@ -125,3 +125,12 @@ def test_mistakes_are_one_line(wrong: list[str], message: str, capsys: pytest.Ca
     error = capsys.readouterr().err
     assert message in error
     assert "\n" not in error.strip()
+
+
+def test_window_order_covers_an_epoch_exactly_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shards = write_shards(tmp_path, (11, 1, 18))
+    settings = ["--set", "data.order=window", "--set", "data.window_pieces=2", "--set", "data.remote.piece_mib=0.01"]
+    assert (
+        run(command, ["data", "coverage", str(shards), "--ranks", "3", "--batch-size", "4", *settings, "--walk"]) == 0
+    )
+    assert "30 once: as computed" in capsys.readouterr().out
