@@ -24,7 +24,7 @@ from benchmarks.step_setting import Setting as StepSetting
 from benchmarks.step_setting import Trainer, make_product
 
 LEARNING_RATE = 1e-4
-STEPS = 6  # of a lap
+STEPS = 5  # of a lap
 WARMUP = 1
 STALL_PCT, REAL_INPUT = 5.0, 1 / 0.95  # asked of DALI on a GPU
 DALI_THREADS = 4  # on the host of a GPU

@@ -53,7 +53,7 @@ def plan() -> list[Step]:
         _bench("step", *VIT_B_16, "--profile", out="step_vit_b_16", limit_s=150, least_s=50),  # compiles the port last
         _bench("step", *VIT_B_16, *PAPER_REGIME, "--profile", "--no-compiled", out="step_vit_b_16_n4096", least_s=25),
         _bench("distill"),
-        _bench("loader", modules=INPUT, limit_s=100, least_s=30),
+        _bench("loader", modules=INPUT, limit_s=120, least_s=40),
         _bench("tokenizer", modules=INPUT),
         _bench("rates"),
     ]

@@ -111,9 +111,8 @@ def measure_stages(setting: Setting, name: str) -> Iterator[Row]:
     torch.set_num_threads(1)
     batches = setting.source(name, 0)()
     try:
+        next(batches)  # imports what it needs
         with watching(STAGES) as stages:
-            next(batches)
-            stages.seconds.clear()
             stages.start()
             for _ in range(STAGE_BATCHES):
                 next(batches)

@@ -56,17 +56,17 @@ class Stages:
 
 @contextmanager
 def watching(places: Mapping[str, tuple[str, ...]]) -> Iterator[Stages]:
-    """Within, these functions are watched, under whatever name a module of ours has imported them.
+    """Within, these functions are watched, under whatever name a module of ours has imported them; import none there.
 
     places: stage -> functions and methods, each "module:name" or "module:Class.name".
     """
     stages = Stages()
+    # all are found before any is replaced: a module that is imported in between would keep the replacement
+    found = [(stage, *place) for stage, names in places.items() for name in names for place in holders(name)]
     with ExitStack() as stack:
-        for stage, names in places.items():
-            for name in names:
-                for holder, attribute in holders(name):
-                    watched = stages.watched(stage, getattr(holder, attribute))
-                    stack.enter_context(mock.patch.object(holder, attribute, watched))
+        for stage, holder, attribute in found:
+            watched = stages.watched(stage, getattr(holder, attribute))
+            stack.enter_context(mock.patch.object(holder, attribute, watched))
         yield stages
 
 
