@@ -75,6 +75,28 @@ def test_second_opening_scans_nothing_and_a_changed_shard_is_scanned(web: Web, t
     assert again.read(0) == {"jpg": picture(77), "json": record(77)}
 
 
+def test_a_shard_of_the_same_size_is_known_by_its_tag(web: Web, tmp_path: Path) -> None:
+    found = opened(web.url + "/00000.tar")
+    shard = tmp_path / "www" / "00000.tar"
+    before = shard.stat()
+    shard.write_bytes(shard.read_bytes().replace(b"raw 0", b"RAW 0"))
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    with pytest.raises(SampleFault, match="changed"):
+        found.read(0)
+    assert b"RAW 0" in opened(web.url + "/00000.tar").read(0)["json"]
+
+
+def test_members_that_lie_apart_do_not_make_pieces_long(web: Web, tmp_path: Path) -> None:
+    members = {f"{i}.{kind}": bytes([i]) * 700 for kind in ("jpg", "json") for i in range(40)}
+    shard = write_tar(tmp_path / "www" / "apart.tar", members)
+    found = opened(web.url + "/apart.tar", piece_mib=8e-3)
+    web.sent_bytes = 0
+    assert [found.read(i) for i in range(40)] == [
+        {"jpg": bytes([i]) * 700, "json": bytes([i]) * 700} for i in range(40)
+    ]
+    assert web.sent_bytes < 1.5 * shard.stat().st_size
+
+
 def test_indexing_reads_headers_and_skips_large_members(web: Web, tmp_path: Path) -> None:
     write_tar(tmp_path / "www" / "big.tar", {f"{i}.jpg": bytes(2 << 20) for i in range(4)})
     found = opened(web.url + "/big.tar")
