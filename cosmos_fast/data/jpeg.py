@@ -21,6 +21,7 @@ _MAX_SIDE = 65_500  # libjpeg's, a little below what the format could say
 _LUMA_SAMPLING = (0x11, 0x21, 0x12, 0x22, 0x41)  # horizontal and vertical factor, a nibble each; chroma has 0x11
 # What follows a cut, for the question whether any pixel depended on it; no 0xff, which would begin a marker.
 _FILLERS = (b"\x55" * 64, b"\xa7\x13\x5e\x90" * 16)
+_TAIL_BYTES = 16  # some blocks of pixels, or of nothing where a file was filled up with zeros
 
 
 class _OddJpegError(Exception):
@@ -56,7 +57,8 @@ def with_end_marker(data: bytes) -> bytes | None:
     """The file with the end marker it lacks, if nothing else of it is missing; else None.
 
     Decoders fill what is missing with grey and say nothing. So the file is decoded with different bytes in place of
-    what was cut off: where all of it is there, they change no pixel. Progressive files always have something to fill.
+    what was cut off: where all of it is there, they change no pixel, and its last bytes do. Progressive files
+    always have something to fill.
     """
     if not is_jpeg(data):
         return None
@@ -69,6 +71,8 @@ def with_end_marker(data: bytes) -> bytes | None:
             return None
         whole = _pixels(body + _END)
         if any(not np.array_equal(_pixels(body + filler + _END), whole) for filler in _FILLERS):
+            return None
+        if np.array_equal(_pixels(body[:-_TAIL_BYTES] + _END), whole):
             return None
     except (_OddJpegError, IndexError, OSError, ValueError, SyntaxError):
         return None

@@ -126,6 +126,8 @@ def _journal(path: Path, again: bool) -> Path:
 def _parts(path: Path, rules: Rules) -> list[Part]:
     """The parts of a file made by the same rules; none of any other."""
     try:
+        if path.stat().st_size == 0:  # killed before the first line
+            return []
         made_by, parts = quarantine.read(path, torn=True)
     except FileNotFoundError:
         return []
@@ -148,6 +150,7 @@ def _open_journal(path: Path, rules: Rules) -> Iterator[BinaryIO]:
             journal.seek(0, os.SEEK_END)
         else:
             journal.write(quarantine.head_line(rules))
+            journal.flush()
         yield journal
 
 

@@ -16,6 +16,7 @@ import torch
 from cosmos_fast.config import DataConfig, SourceConfig, ViewsConfig
 from cosmos_fast.data import dali_pipeline, faults
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.data.faults import Fault, FaultAccount
 from cosmos_fast.data.images import denormalize
 from cosmos_fast.data.index import open_source
 from cosmos_fast.data.loader import build_loader
@@ -224,3 +225,9 @@ def test_everything_at_once_in_one_batch(loader: str, tmp_path: Path) -> None:
     assert len(batch.keys) == total
     causes = [odd.cause for odd in ODDITIES.values() if odd.cause is not None]
     assert all(stats[cause] >= causes.count(cause) for cause in causes)
+
+
+def test_a_mended_sample_is_counted_but_not_bad() -> None:
+    account = FaultAccount(0.0)
+    account.settle(10, [Fault(faults.MENDED_IMAGE, "00000.tar:k")])
+    assert account.counts == {faults.MENDED_IMAGE: 1}

@@ -15,6 +15,7 @@ from cosmos_fast.data.image_check import checked_image
 from cosmos_fast.data.images import decode
 from tests.fault_table import IMAGES, MAX_PIXELS, encoded, scene
 
+SCAN = b"\xff\xda\x00\x0c\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
 PLAIN = {
     "4:2:0": encoded(scene(), "JPEG"),
     "4:2:2": encoded(scene(), "JPEG", subsampling=1),
@@ -26,6 +27,17 @@ PLAIN = {
     "restart markers": encoded(scene().resize((160, 160)), "JPEG", restart_marker_blocks=3),
     "comment and profile": encoded(scene(), "JPEG", comment=b"\xff\xd9 not the end", icc_profile=b"\xff\xda" * 40),
 }
+
+
+def crowded(data: bytes) -> bytes:
+    """Three codes of one bit each in the first Huffman table."""
+    counts = data.index(b"\xff\xc4") + 5
+    moved = data[counts + 2] - 3  # from those of three bits
+    assert data[counts] == 0
+    assert moved >= 0
+    return data[:counts] + bytes([3, data[counts + 1], moved]) + data[counts + 3 :]
+
+
 ODD = {
     "cmyk": encoded(scene().convert("CMYK"), "JPEG"),
     "rgb, not ycbcr": encoded(scene(), "JPEG", keep_rgb=True),
@@ -35,6 +47,8 @@ ODD = {
     "arithmetic coding": PLAIN["4:2:0"].replace(b"\xff\xc0\x00\x11", b"\xff\xc9\x00\x11"),
     "lossless": PLAIN["4:2:0"].replace(b"\xff\xc0\x00\x11", b"\xff\xc3\x00\x11"),
     "garbage between segments": PLAIN["4:2:0"].replace(b"\xff\xc4", b"\x07\x07\xff\xc4", 1),
+    "too many codes of a length": crowded(PLAIN["4:2:0"]),
+    "scan of one component": PLAIN["4:2:0"].replace(SCAN, b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"),
 }
 
 
@@ -44,13 +58,6 @@ def decoded(data: bytes) -> Image.Image | str:
         return decode(data, MAX_PIXELS)
     except SampleFault as fault:
         return fault.cause
-
-
-def without_tables(data: bytes, marker: bytes) -> bytes:
-    while marker in data:
-        at = data.index(marker)
-        data = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
-    return data
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -112,8 +119,14 @@ def test_pixel_cap_is_inclusive() -> None:
 
 
 @pytest.mark.parametrize("marker", [b"\xff\xc4", b"\xff\xdb"])
-def test_a_jpeg_without_its_tables_is_not_plain(marker: bytes) -> None:
-    assert jpeg.read_plain(without_tables(PLAIN["4:2:0"], marker)) is None
+@pytest.mark.parametrize("number", range(4))
+def test_a_jpeg_without_one_of_its_tables_is_not_plain(marker: bytes, number: int) -> None:
+    data = PLAIN["4:2:0"]
+    starts = [at for at in range(len(data)) if data.startswith(marker, at)]
+    assert len(starts) == (4 if marker == b"\xff\xc4" else 2)
+    at = starts[number % len(starts)]
+    without = data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
+    assert jpeg.read_plain(without) is None
 
 
 # --- the missing end marker
@@ -137,6 +150,12 @@ def test_a_jpeg_that_lacks_pixels_is_not(name: str) -> None:
         if len(data) - lost > start + 20:
             assert jpeg.with_end_marker(data[:-lost]) is None, lost
     assert jpeg.with_end_marker(data) is None  # nothing is missing
+
+
+def test_a_jpeg_that_was_filled_up_with_zeros_is_not() -> None:
+    """They decode to pixels, so nothing seems to be missing at the end."""
+    data = PLAIN["4:4:4"]
+    assert jpeg.with_end_marker(data[: len(data) // 2] + bytes(20_000)) is None
 
 
 def test_a_progressive_jpeg_is_not_mended() -> None:

@@ -116,7 +116,7 @@ def test_a_stopped_verification_goes_on_where_it_was(shards: Path, torn: bytes) 
 
     def stop(samples: int) -> None:
         done.append(samples)
-        if len(done) == 3:
+        if len(done) >= 3:
             raise StopError
 
     with pytest.raises(StopError):
@@ -129,10 +129,21 @@ def test_a_stopped_verification_goes_on_where_it_was(shards: Path, torn: bytes) 
     else:
         with journal.open("ab") as file:
             file.write(torn)
+    if torn == b"\n":
+        done.pop()
+    with pytest.raises(StopError):  # and once more
+        verified(shards, progress=stop)
     rest = verified(shards)
-    assert rest.read == 15 - sum(done) + (done[-1] if torn == b"\n" else 0)
+    assert rest.read == 15 - sum(done)
     assert rest.quarantine.read_bytes() == whole_file
     assert keys(rest) == BAD
+
+
+def test_one_killed_before_its_first_line_is_none(shards: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = quarantine.place(whole(shards).shards).with_suffix(".verify")
+    journal.write_bytes(b"")
+    assert verified(shards).read == 15
+    assert not caplog.text
 
 
 @pytest.mark.slow
