@@ -57,11 +57,14 @@ class Run:
         return int(file.read_text()) if file.exists() else 0
 
     def live(self, split: Split, stop: int, when: Callable[[int], bool] | None = None) -> None:
-        """Train from the saved position up to `stop`; kill -9 every rank as soon as when(steps of this life)."""
+        """Train from the saved position up to `stop`; kill -9 every rank as soon as when(steps of this life).
+
+        Where it is to be killed, a life that reaches `stop` waits for it: however slow the machine, a kill is a kill.
+        """
         life, start = len(self.starts), self.position
         self.starts.append(start)
         barrier = _FORK.Barrier(split.ranks)
-        arguments = [(self, life, split, rank, start, stop, barrier) for rank in range(split.ranks)]
+        arguments = [(self, life, split, rank, stop, barrier, when is not None) for rank in range(split.ranks)]
         processes = [_FORK.Process(target=_train, args=each) for each in arguments]
         for process in processes:
             process.start()
@@ -76,7 +79,7 @@ class Run:
             time.sleep(0.002)
         for process in processes:
             process.join()
-            assert process.exitcode in ((0, -signal.SIGKILL) if when is not None else (0,)), process.exitcode
+            assert process.exitcode == (0 if when is None else -signal.SIGKILL)
 
     def notes(self, life: int, rank: int) -> list[dict[str, Any]]:
         """What a rank trained on, a batch each; a line that the kill cut in two was not trained on."""
@@ -98,9 +101,9 @@ class Run:
         return [tuple(sample) for _, _, note in batches for sample in note["samples"]]
 
 
-def _train(run: Run, life: int, split: Split, rank: int, start: int, stop: int, barrier: Barrier) -> None:
+def _train(run: Run, life: int, split: Split, rank: int, stop: int, barrier: Barrier, until_killed: bool) -> None:
     torch.set_num_threads(1)
-    loader = run.make_loader(split, rank, start)
+    loader = run.make_loader(split, rank, run.starts[life])
     file = os.open(run.folder / f"{life}_{rank}.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for step, batch in enumerate(loader, start=1):
         note = {"position": batch.position, "samples": checksums(batch)}
@@ -110,6 +113,8 @@ def _train(run: Run, life: int, split: Split, rank: int, start: int, stop: int, 
             write_atomic(run.folder / "position", str(batch.next_position))
         if batch.next_position >= stop:
             break
+    while until_killed:
+        signal.pause()
     loader.close()
 
 
