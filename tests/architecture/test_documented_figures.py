@@ -101,7 +101,7 @@ QUOTED = [
     (
         PERFORMANCE,
         "| the same with losses against 512 samples, 496 of them made up (`step_mini_n512.json`) |",
-        lambda: against_bar("step_mini_n512", "step_ms"),
+        lambda: against_bar("step_mini_n512", "step_ms", "peak_mib"),
     ),
     (
         PERFORMANCE,
