@@ -133,6 +133,17 @@ def write_download(folder: Path, counts: Sequence[int], **columns: Any) -> Path:
     return folder
 
 
+def dreamlip(table: Path, images: Path, out: Path, *extra: str) -> list[str]:
+    """Arguments of `cosmos-fast` that prepare DreamLIP in one process."""
+    where = ["--images", str(images), "--out", str(out)]
+    return ["data", "prepare", "dreamlip", str(table), *where, "--workers=1", *extra]
+
+
+def shards_of(out: Path) -> dict[str, bytes]:
+    """Name -> bytes of every shard."""
+    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
+
+
 def open_prepared(out: Path) -> Index:
     """The index that training would make of prepared shards."""
     return open_source(SourceConfig(path=str(out)))

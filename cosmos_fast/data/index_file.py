@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +22,7 @@ import numpy as np
 from cosmos_fast.data import storage
 from cosmos_fast.data.faults import Fault
 from cosmos_fast.data.storage import Shard
+from cosmos_fast.utils.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def load(shards: Sequence[Shard]) -> tuple[Path | None, IndexTables | None]:
 
 
 def save(shards: Sequence[Shard], tables: IndexTables) -> Path | None:
-    """Write the cache aside and rename it; the place, or None when no place can be written (a warning says so)."""
+    """Write the cache; the place, or None when no place can be written (a warning says so)."""
     current = stamp(shards)
     for path in places(shards):
         try:
@@ -129,21 +129,11 @@ def _write(path: Path, stamp: list[list[Any]], tables: IndexTables) -> None:
         "lengths": {name: len(getattr(tables, name)) for name in _DTYPES},
     }
     text = json.dumps(head).encode()
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with open(fd, "wb") as out:
-            out.write(_MAGIC + len(text).to_bytes(8, "little") + text)
-            for name, dtype in _DTYPES.items():
-                out.write(bytes(-out.tell() % _ALIGN))
-                out.write(np.ascontiguousarray(getattr(tables, name), dtype=np.dtype(dtype).newbyteorder("<")).data)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
+    with replacing(path) as out:
+        out.write(_MAGIC + len(text).to_bytes(8, "little") + text)
+        for name, dtype in _DTYPES.items():
+            out.write(bytes(-out.tell() % _ALIGN))
+            out.write(np.ascontiguousarray(getattr(tables, name), dtype=np.dtype(dtype).newbyteorder("<")).data)
 
 
 def _read(path: Path, stamp: list[list[Any]]) -> IndexTables | None:

@@ -8,10 +8,8 @@ says is checked before use.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +24,7 @@ from cosmos_fast.data import index_file
 from cosmos_fast.data.index_file import IndexTables
 from cosmos_fast.data.storage import Shard
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -136,21 +135,11 @@ def read(path: Path, *, torn: bool = False) -> tuple[Rules, list[Part]]:
 
 
 def write(path: Path, rules: Rules, parts: Iterable[Part]) -> None:
-    """Write aside, force onto the disk, rename; neighbouring parts of a shard become one. Raises OSError."""
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    try:
-        with open(fd, "wb") as out:
-            out.write(head_line(rules))
-            for part in _joined(parts):
-                out.write(part_line(part))
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
+    """Replace the file; neighbouring parts of a shard become one. Raises OSError."""
+    with replacing(path) as out:
+        out.write(head_line(rules))
+        for part in _joined(parts):
+            out.write(part_line(part))
 
 
 def head_line(rules: Rules) -> bytes:

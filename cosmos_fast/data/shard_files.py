@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+from cosmos_fast.utils import files
 from cosmos_fast.utils.errors import UserError
 
 
@@ -32,15 +31,6 @@ def write_error(path: Path | str, error: OSError) -> UserError:
     )
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the directory for this process; the lock ends with the process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is writing to {folder}: wait for it, or choose another --out") from None
-        yield
-    finally:
-        os.close(descriptor)
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Hold the directory for this process, as its one writer."""
+    return files.locked(folder, f"another process is writing to {folder}: wait for it, or choose another --out")

@@ -7,7 +7,6 @@ stopped verification continues where it was, and one of a source that changed re
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections import Counter, defaultdict
@@ -22,6 +21,7 @@ from cosmos_fast.data.quarantine import BadSample, Part, Rules
 from cosmos_fast.data.verify_part import Task, find_bad
 from cosmos_fast.data.verify_pool import Result, verify_in_pool
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.files import locked
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,10 @@ def verify(
     """
     assert not index.left_out
     path = quarantine.place(index.shards)
+    busy = f"another process verifies these shards ({path.parent}): wait for it"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with locked(path.with_suffix(".verify-lock"), busy):
             known, tasks = plan(index, rules, again)
             stamps = index_file.stamp(index.shards)
             with _open_journal(_journal(path, again), rules) as journal:
@@ -152,17 +153,3 @@ def _open_journal(path: Path, rules: Rules) -> Iterator[BinaryIO]:
             journal.write(quarantine.head_line(rules))
             journal.flush()
         yield journal
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold this source's verification for this process; the lock ends with the process, however it ends."""
-    descriptor = os.open(path.with_suffix(".verify-lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process verifies these shards ({path.parent}): wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)

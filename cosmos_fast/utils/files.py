@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from cosmos_fast.utils.errors import UserError
+
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP)  # what some mounted buckets say to fsync of a folder
 
 
 def fsync_path(path: Path) -> None:
@@ -20,16 +27,34 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which becomes `path` when the block ends; a crash leaves the old file or the new one.
+
+    It is written aside, forced onto the disk and renamed. A killed process leaves `.{name}.{random}.tmp`.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with aside.open("xb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    try:
+        fsync_path(path.parent)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS:
+            raise
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` with `content`, text as UTF-8; a crash leaves the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        fsync_path(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    fsync_path(path.parent)
+    with replacing(path) as out:
+        out.write(content.encode() if isinstance(content, str) else content)
 
 
 def sha256_of(path: Path) -> str:
@@ -39,6 +64,24 @@ def sha256_of(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a folder, or a file that is made where it is missing; UserError(refusal) where another process holds it.
+
+    The lock ends with the process, however it ends, and with the last of those it has forked.
+    """
+    flags = os.O_RDONLY if path.is_dir() else os.O_CREAT | os.O_RDWR
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(refusal) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class FolderLock:

@@ -103,7 +103,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
         assert opened(tmp_path).cache is None
-    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".part", ".idx")]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".idx")]
     assert opened(tmp_path).cache is not None
 
 

@@ -11,26 +11,19 @@ from cosmos_fast.data.records import parse_record
 from tests.downloads import (
     PIXELPROSE_HEADER,
     download_members,
+    dreamlip,
     dreamlip_row,
     dreamlip_sentences,
     open_prepared,
     pixelprose_row,
     prepared_records,
+    shards_of,
     url_of,
     write_csv,
     write_download,
     write_dreamlip,
 )
 from tests.shards import picture, write_tar
-
-
-def dreamlip(table: Path, images: Path, out: Path, *extra: str) -> list[str]:
-    where = ["--images", str(images), "--out", str(out)]
-    return ["data", "prepare", "dreamlip", str(table), *where, "--workers=1", *extra]
-
-
-def shards_of(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
 
 
 @pytest.fixture

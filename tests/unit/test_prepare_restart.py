@@ -15,20 +15,9 @@ import pytest
 
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.data import pool
-from cosmos_fast.data.prepare import shard as shard_module
-from cosmos_fast.data.prepare import store as store_module
 from cosmos_fast.data.shard_files import locked
-from tests.downloads import download_members, prepared_records, write_download, write_dreamlip
+from tests.downloads import download_members, dreamlip, prepared_records, shards_of, write_download, write_dreamlip
 from tests.shards import picture, write_tar
-
-
-def dreamlip(table: Path, images: Path, out: Path, *extra: str) -> list[str]:
-    where = ["--images", str(images), "--out", str(out)]
-    return ["data", "prepare", "dreamlip", str(table), *where, "--workers=1", *extra]
-
-
-def shards_of(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.tar"))}
 
 
 @pytest.fixture
@@ -113,29 +102,31 @@ def test_a_truncated_download_gives_what_is_whole_of_it(
     assert list(prepared_records(tmp_path / "out")) == ["000000000", "000000001", "000010000", "000010001"]
 
 
-@pytest.mark.parametrize("stage", ["captions", "shard"])
+@pytest.mark.parametrize(("file", "kept"), [("captions.bin", []), ("00001.tar.tmp", ["00000.tar"])])
 def test_full_disk_is_one_line_and_leaves_nothing_broken(
-    tmp_path: Path, table: Path, stage: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    table: Path,
+    file: str,
+    kept: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     images, out = write_download(tmp_path / "images", (3, 3)), tmp_path / "out"
 
-    def no_room(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def no_room(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == file:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    module, function = (store_module.np, "save") if stage == "captions" else (shard_module.os, "fsync")
     with monkeypatch.context() as patch:
-        patch.setattr(module, function, no_room)
-        patch.setattr("cosmos_fast.data.prepare.store.fsync_path", lambda path: None)
-        patch.setattr("cosmos_fast.data.prepare.store.write_atomic", lambda path, text: path.write_text(text))
-        patch.setattr("cosmos_fast.data.prepare.run.write_atomic", lambda path, text: path.write_text(text))
+        patch.setattr(os, "fsync", no_room)
         assert run(command, dreamlip(table, images, out)) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: cannot write")
     assert "No space left on device; mend that and run the same command again" in error
     assert "\n" not in error
-    assert not shards_of(out)
+    assert list(shards_of(out)) == kept
     assert not list(out.rglob("*.tmp"))
-    assert (stage == "shard") == bool(list(out.rglob("captions.bin")))
+    assert bool(kept) == bool(list(out.rglob("captions.bin")))  # made once
     assert run(command, dreamlip(table, images, out)) == 0
     assert len(prepared_records(out)) == 6
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cosmos_fast.data.prepare.layouts import Record
-from cosmos_fast.utils.files import fsync_path, write_atomic
+from cosmos_fast.utils.files import fsync_path, replacing, write_atomic
 
 _RECORDS = "captions.bin"
 _INDEX = "captions.npy"
@@ -93,13 +93,9 @@ def build_store(
             offset += _LENGTHS.size + len(name_bytes) + len(data)
     columns = np.array([hashes, offsets], dtype=np.uint64)
     index = columns[:, np.argsort(columns[0], kind="stable")]  # stable: the first row of a name comes first
-    aside = folder / f"{_INDEX}.tmp"
-    with aside.open("wb") as file:
+    with replacing(folder / _INDEX) as file:
+        fsync_path(folder / _RECORDS)
         np.save(file, index)
-    fsync_path(folder / _RECORDS)
-    fsync_path(aside)
-    os.replace(aside, folder / _INDEX)
-    fsync_path(folder)
     repeated = int((np.diff(index[0]) == 0).sum()) if index.shape[1] else 0
     return CaptionStore(folder), repeated
 
@@ -114,7 +110,7 @@ def is_built(folder: Path, made_of: Mapping[str, Any]) -> bool:
 
 def remove_store(folder: Path) -> None:
     """Delete the store's files, the index first."""
-    for name in (_INDEX, f"{_INDEX}.tmp", _RECORDS, _MADE_OF):
+    for name in (_INDEX, _RECORDS, _MADE_OF):
         (folder / name).unlink(missing_ok=True)
 
 
