@@ -15,7 +15,7 @@ from cosmos_fast.model.cross_pool import CrossAttentionPool
 from cosmos_fast.model.fp8 import use_fp8_linear
 from cosmos_fast.model.savings import Savings
 from cosmos_fast.model.vision_graphs import use_vision_graphs
-from cosmos_fast.ops.backends import choose
+from cosmos_fast.ops.backends import choose, why_triton_cannot_compile
 from cosmos_fast.ops.layer_norm import OP as add_layer_norm_op
 from cosmos_fast.utils import nvidia_apex
 from cosmos_fast.utils.capabilities import why_unusable
@@ -87,8 +87,4 @@ def why_no_compiler(device: torch.device) -> str | None:
     if device.type == "cpu":
         name = os.environ.get("CXX", "g++")
         return None if shutil.which(name) else f"{name} is not found (CXX names another one)"
-    if (reason := why_unusable("triton")) is not None:
-        return reason
-    # Triton builds the host side of its kernels with a C compiler.
-    names = [name for name in (os.environ.get("CC"), "gcc", "clang", "cc") if name]
-    return None if any(map(shutil.which, names)) else "no C compiler is found (gcc, clang; CC names another one)"
+    return why_unusable("triton") or why_triton_cannot_compile()

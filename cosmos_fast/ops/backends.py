@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops import measured
+from cosmos_kernels import triton_support
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,11 @@ def choose(op: str, request: str, *tensors: Tensor) -> Backend:
 def stages_for(op: str, request: str, *tensors: Tensor) -> Any:
     """What runs `op` for these tensors; logs the choice where it is a new one."""
     return choose(op, request, *tensors).stages
+
+
+def why_triton_cannot_compile() -> str | None:
+    """What Triton misses to build kernels, those that torch.compile makes for a GPU too; None for nothing."""
+    return triton_support.why_no_compiler()
 
 
 def table() -> list[dict[str, str]]:

@@ -78,12 +78,14 @@ def why_missing() -> str | None:
         return f"triton does not import: {type(error).__name__}: {error}"
     if _release(triton.__version__) < MIN_TRITON:
         return f"triton {triton.__version__} is too old, it needs {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer"
-    return None if INTERPRETED else _why_no_compiler()
+    return None if INTERPRETED else why_no_compiler()
 
 
-def _why_no_compiler() -> str | None:
-    """Triton builds the host side of its kernels at the first launch, with what it finds here."""
-    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+def why_no_compiler() -> str | None:
+    """What Triton misses to build the host side of its kernels, at the first launch of each; None for nothing."""
+    if named := os.environ.get("CC"):  # it tries no other one then
+        return None if shutil.which(named) else f"the C compiler CC={named} is not found"
+    if shutil.which("gcc") or shutil.which("clang"):
         return None
     return "no C compiler to build the host side of its kernels (gcc or clang; CC names another one)"
 

@@ -128,5 +128,8 @@ def test_no_compiler_is_one_line(monkeypatch) -> None:
         with_savings(make(), compile=True)
     monkeypatch.setattr(compute, "why_unusable", lambda name: f"{name} is not installed")
     assert compute.why_no_compiler(torch.device("cuda")) == "triton is not installed"
+    monkeypatch.setattr(compute, "why_unusable", lambda name: None)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert compute.why_no_compiler(torch.device("cuda")) == "the C compiler CC=no-such-compiler is not found"
     monkeypatch.delenv("CXX")
     assert (compute.why_no_compiler(CPU) is None) == (shutil.which("g++") is not None)

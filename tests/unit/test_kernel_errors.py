@@ -115,10 +115,12 @@ def test_a_machine_without_a_compiler(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(triton_support.shutil, "which", lambda name: None)
+    monkeypatch.setattr(triton_support.shutil, "which", {"/opt/some/cc": "/opt/some/cc"}.get)
     assert triton_support.why_missing.__wrapped__().startswith("no C compiler to build the host side of its kernels")
     monkeypatch.setenv("CC", "/opt/some/cc")
     assert triton_support.why_missing.__wrapped__() is None
+    monkeypatch.setenv("CC", "/opt/other/cc")  # Triton takes it, whatever else is there
+    assert triton_support.why_missing.__wrapped__() == "the C compiler CC=/opt/other/cc is not found"
 
 
 def test_a_command_tells_it_on_one_line(capsys):
