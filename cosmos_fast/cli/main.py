@@ -32,6 +32,8 @@ command = LazyGroup(
         "train": "Train COSMOS or plain CLIP on image-caption shards.",
         "eval": "Retrieval, classification, segmentation, and the report.",
         "data": "Make, index and inspect shards.",
+        "plan": "Estimate time, memory and communication on many GPUs.",
+        "launch": "Print the command that starts a run on a cluster.",
         "bench": "Measure an operation or a whole step.",
         "export": "Write weights in another format.",
         "doctor": "Show what this machine can run, and why.",

@@ -1,0 +1,73 @@
+"""What one rank keeps, in bytes.
+
+Weights, gradients, optimizer and teacher are fp32 in every precision: bf16 and fp16 are autocast, which keeps a 16-bit
+copy of the weights from forward to backward. Bytes for each of P parameters on W ranks:
+
+    stage    weights   masters   gradients   AdamW   teacher   its whole copy
+    0           4         -          4         8        4            -
+    1           4        4/W      4 + 4/W     8/W      4/W           4
+    2           4        4/W        8/W       8/W      4/W           4
+    3          4/W       4/W        8/W       8/W      4/W           4
+
+From stage 1 on, gradients are brought together in buckets first; the optimizer is given a copy of a rank's part.
+"""
+
+from __future__ import annotations
+
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.engine.estimate import activation_values, remade_values
+from cosmos_fast.engine.plan.layout import Layout
+from cosmos_fast.engine.plan.traffic import bucket_values
+
+# Batches on the GPU at a time: the one at work, and the one on its way.
+_BATCHES = 2
+
+
+def memory_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[str, int]:
+    """By what it is for; without the reserve that the plan assumes."""
+    return {**state_bytes(config, parameters, layout), **batch_bytes(config, layout)}
+
+
+def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[str, int]:
+    """What does not depend on the batch."""
+    stage, whole = layout.stage, 4 * parameters
+    own = 4 * -(-parameters // layout.ranks) if stage >= 1 else whole  # of what the optimizer works on
+    gradients = {0: whole, 1: whole + own}.get(stage, 2 * own)
+    buckets = 4 * min(bucket_values(config), parameters) if stage >= 1 else 0
+    casts = 2 * parameters if layout.value_bytes == 2 else 0
+    teacher = (own + (whole if stage >= 1 else 0)) if config.objective == "cosmos" else 0
+    return {
+        "weights": (own if stage == 3 else whole) + casts,
+        "masters": own if stage >= 1 else 0,
+        "gradients": gradients + buckets,
+        "optimizer": 2 * own,
+        "teacher": teacher,
+    }
+
+
+def batch_bytes(config: TrainConfig, layout: Layout) -> dict[str, int]:
+    """What grows with the batch: activations of one micro-batch, the losses' tensors, the images."""
+    model, views, recompute = config.model, config.data.views, config.compute.checkpoint_activations
+    kept = activation_values(model, views, recompute) + remade_values(model, views, recompute)
+    side, local = model.vision.image_size, views.local_image_size
+    pixels = 3 * (views.global_crops * side**2 + views.local_crops * local**2)
+    return {
+        "activations": layout.batch_size * kept * layout.value_bytes,
+        "loss": loss_bytes(config, layout),
+        "input": _BATCHES * layout.batch_size * pixels * layout.value_bytes,
+    }
+
+
+def loss_bytes(config: TrainConfig, layout: Layout) -> int:
+    """Of one loss: gathered columns, column log-sum-exps and their sums, gradients of the columns and their parts."""
+    views, dim, samples = config.data.views, config.model.embed_dim, layout.loss_batch
+    if config.objective == "clip":
+        rows, columns = sorted((views.image_views, views.text_views), reverse=True)
+        gathered, pairs = columns, rows * columns
+    else:
+        columns = views.global_crops
+        gathered = columns + views.global_crops + views.global_captions
+        pairs = views.text_views * columns + (views.image_views + views.text_views) * (gathered - columns)
+    own_views = 2 * (views.image_views + views.text_views)  # features and their gradients of this rank's samples
+    own = own_views * layout.batch_size * (layout.accumulate_steps if layout.all_negatives else 1) * dim * 4 * 2
+    return samples * (gathered * dim * layout.value_bytes + 3 * 4 * pairs + 2 * 4 * columns * dim) + own

@@ -1,0 +1,117 @@
+"""What the ranks of a run send each other in one optimizer step.
+
+Every collective is told by its full tensor of N bytes, the one that all ranks end up with or add up. Of it, one of W
+ranks receives (and sends) in a ring:
+
+    all-gather, reduce-scatter    N (W - 1) / W
+    all-reduce                  2 N (W - 1) / W
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.engine.plan.layout import Layout
+
+Kind = Literal["all_gather", "all_reduce", "reduce_scatter"]
+
+# DeepSpeed's default: a model below so many numbers keeps the parameters that stage 3 has gathered for the forward pass
+# until the backward pass is through.
+REUSED_VALUES = 1_000_000_000
+# The optimizer's groups, a flat buffer each: with weight decay, without, scales of the losses.
+GROUPS = 3
+BUCKET_VALUES = 50_000_000
+_STATE_BYTES = 4  # weights, gradients and teacher are fp32
+# Pairs of fields of the original's features, each gathered anew for each pair of views.
+ORIGINAL_GATHERS = 160
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Calls of one collective in an optimizer step.
+
+    full_bytes: of their full tensors together. beside: phase of computing that it may run beside, or "".
+    """
+
+    purpose: str
+    kind: Kind
+    calls: int
+    full_bytes: int
+    beside: Literal["student", "backward", ""] = ""
+
+    def received_bytes(self, ranks: int) -> float:
+        """What one rank receives of it in a ring, which is as much as it sends."""
+        return self.full_bytes * (ranks - 1) / ranks * (2 if self.kind == "all_reduce" else 1)
+
+
+def received_bytes(transfers: Sequence[Transfer], ranks: int) -> float:
+    """Of one rank, in all of them."""
+    return sum(one.received_bytes(ranks) for one in transfers)
+
+
+def loss_transfers(config: TrainConfig, layout: Layout) -> list[Transfer]:
+    """Of all losses of a step: see `cosmos_fast.ops.infonce_ranks`.
+
+    Features travel as the operands of the products do, log-sum-exps and the columns' gradient in fp32.
+    """
+    if layout.ranks == 1:
+        return []
+    views, dim = config.data.views, config.model.embed_dim
+    samples, calls = layout.loss_batch * layout.losses, layout.losses
+    feature = layout.value_bytes * dim * samples
+
+    def merged(purpose: str, rows: int, columns: int) -> Transfer:
+        return Transfer(f"loss: {purpose}, log-sum-exps", "all_reduce", 2 * calls, 2 * 4 * rows * columns * samples)
+
+    if config.objective == "clip":
+        rows, columns = sorted((views.image_views, views.text_views), reverse=True)
+    else:
+        rows, columns = views.text_views, views.global_crops
+    found = [
+        Transfer("loss: student's columns", "all_gather", calls, columns * feature),
+        merged("student", rows, columns),
+        Transfer("loss: gradient of the columns", "reduce_scatter", calls, columns * 4 * dim * samples),
+    ]
+    if config.objective == "clip":
+        return found
+    teacher_views = views.global_crops + views.global_captions
+    found.append(Transfer("loss: teacher's views", "all_gather", calls, teacher_views * feature, "student"))
+    found.append(merged("teacher", views.image_views + views.text_views, teacher_views))
+    return found
+
+
+def original_loss_bytes(config: TrainConfig, layout: Layout) -> float:
+    """What a rank receives where each of the 80 pairs of views gathers both of its sides anew, in fp32."""
+    full = ORIGINAL_GATHERS * 4 * config.model.embed_dim * layout.loss_batch * layout.losses
+    return full * (layout.ranks - 1) / layout.ranks
+
+
+def bucket_values(config: TrainConfig) -> int:
+    """Gradients that are added up in one collective."""
+    return BUCKET_VALUES
+
+
+def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> list[Transfer]:
+    """Of gradients, weights and teacher, as DeepSpeed's stages do it."""
+    if layout.ranks == 1:
+        return []
+    size, micro = _STATE_BYTES * parameters, layout.accumulate_steps
+    buckets = -(-parameters // bucket_values(config))
+    # Stage 2 and 3 keep their own part of the gradients only, so each micro-batch has to be added up by itself.
+    rounds = micro if layout.stage >= 2 else 1
+    # DeepSpeed adds up whole buckets on every rank in the stages 1 and 2 too, each rank keeps its part.
+    kind: Kind = "reduce_scatter" if layout.stage == 3 else "all_reduce"
+    found = [Transfer("gradients", kind, rounds * buckets, rounds * size, "backward")]
+    if layout.stage in (1, 2):
+        found.append(Transfer("weights after the step", "all_gather", GROUPS, size))
+    elif layout.stage == 3:
+        passes = (1 if parameters < REUSED_VALUES else 2) * micro
+        passes += micro - 1 if layout.all_negatives else 0
+        blocks = config.model.vision.layers + config.model.text.layers
+        found.append(Transfer("weights, block by block", "all_gather", passes * blocks, passes * size, "student"))
+    if layout.stage >= 1 and config.objective == "cosmos":
+        found.append(Transfer("teacher after the step", "all_gather", GROUPS, size))
+    return found

@@ -1,0 +1,275 @@
+"""`cosmos-fast plan`: its counts by hand, its search, its command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from cosmos_fast.cli.main import command, run
+from cosmos_fast.config import TrainConfig, load_config
+from cosmos_fast.engine.estimate import estimate
+from cosmos_fast.engine.plan import Assumptions, Forecast, Layout, assume, best_stage, forecast, stages_of
+from cosmos_fast.engine.plan.forecast import transfer_ms
+from cosmos_fast.engine.plan.hardware import SHEETS, names
+from cosmos_fast.engine.plan.memory import loss_bytes, memory_bytes, state_bytes
+from cosmos_fast.engine.plan.traffic import (
+    Transfer,
+    loss_transfers,
+    original_loss_bytes,
+    received_bytes,
+    state_transfers,
+)
+from cosmos_fast.model.flops import sample_flops
+from cosmos_fast.recipes import get_recipe
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.peak_rates import published_peak
+
+PARAMETERS = 152_398_338  # ViT-B/16 with the COSMOS heads
+GIB = 2**30
+
+
+def paper(*overrides: str) -> TrainConfig:
+    return load_config(get_recipe("cc12m_vit_b_16"), overrides)
+
+
+def layout(ranks: int, stage: int, batch_size: int = 32, accumulate_steps: int = 1, **more) -> Layout:
+    return Layout(ranks=ranks, stage=stage, batch_size=batch_size, accumulate_steps=accumulate_steps, **more)
+
+
+def predicted(config: TrainConfig, chosen: Layout, **rates: float) -> Forecast:
+    return forecast(config, chosen, assume("h100", "bf16", rates), gpus_per_node=8, parameters=PARAMETERS)
+
+
+def purposes(transfers: list[Transfer]) -> dict[str, Transfer]:
+    return {one.purpose: one for one in transfers}
+
+
+def test_a_ring_by_hand() -> None:
+    gathered, summed = (Transfer("x", kind, 1, 1000) for kind in ("all_gather", "all_reduce"))
+    assert gathered.received_bytes(4) == 750
+    assert Transfer("x", "reduce_scatter", 1, 1000).received_bytes(4) == 750
+    assert summed.received_bytes(4) == 1500
+    rates = assume("h100", "bf16", {"link_gb_s": 100, "network_gb_s": 10, "link_share": 0.5, "latency_us": 7})
+    large = replace(gathered, full_bytes=10**9, calls=3)
+    assert transfer_ms(large, 8, rates, gpus_per_node=8) == pytest.approx(3 * 3 * 0.007 + 875e6 / 50e9 * 1e3)
+    assert transfer_ms(large, 16, rates, gpus_per_node=8) == pytest.approx(3 * 4 * 0.007 + 937.5e6 / 5e9 * 1e3)
+
+
+def test_bytes_of_the_losses_by_hand() -> None:
+    """128 ranks x 32 of ViT-B/16: 2 + 4 views of 512 fp16 numbers gathered, 2 come back in fp32."""
+    chosen = layout(128, stage=0)
+    found = loss_transfers(paper(), chosen)
+    share, samples = 127 / 128, 4096
+    by_name = purposes(found)
+    assert by_name["loss: student's columns"].received_bytes(128) == 2 * 512 * 2 * samples * share
+    assert by_name["loss: teacher's views"].received_bytes(128) == 4 * 512 * 2 * samples * share
+    assert by_name["loss: gradient of the columns"].received_bytes(128) == 2 * 512 * 4 * samples * share
+    assert original_loss_bytes(paper(), chosen) == 160 * 512 * 4 * samples * share
+    assert original_loss_bytes(paper(), chosen) / received_bytes(found, 128) > 20
+    assert loss_transfers(paper(), layout(1, stage=0)) == []
+
+
+def test_micro_batches_share_a_loss_or_have_their_own() -> None:
+    apart, together = (
+        layout(4, stage=0, batch_size=8, accumulate_steps=3, all_negatives=value) for value in (False, True)
+    )
+    assert (apart.loss_batch, apart.losses, together.loss_batch, together.losses) == (32, 3, 96, 1)
+    for one, other in zip(loss_transfers(paper(), apart), loss_transfers(paper(), together), strict=True):
+        assert one.full_bytes == other.full_bytes
+        assert one.calls == 3 * other.calls
+    assert loss_bytes(paper(), together) > 2 * loss_bytes(paper(), apart)
+    one, other = predicted(paper(), apart), predicted(paper(), together)
+    assert one.compute_ms["recompute"] == 0
+    assert other.compute_ms["recompute"] == pytest.approx(2 / 3 * other.compute_ms["student"])
+    assert other.compute_ms["loss"] == pytest.approx(3 * one.compute_ms["loss"])
+
+
+def test_plain_clip_has_no_teacher() -> None:
+    clip = load_config(get_recipe("demo_clip"))
+    chosen = layout(4, stage=1)
+    assert state_bytes(clip, 1000, chosen)["teacher"] == 0
+    assert not any("teacher" in name for name in purposes([*loss_transfers(clip, chosen)]))
+    assert not any("teacher" in name for name in purposes(state_transfers(clip, 1000, chosen)))
+    assert predicted(clip, chosen).compute_ms["teacher"] == 0
+
+
+def test_memory_of_one_fp32_rank_is_the_estimate_of_train() -> None:
+    config = paper("run.batch_size=8", "run.precision=fp32")
+    needs = estimate(config, "fp32")
+    found = memory_bytes(config, needs.parameters, layout(1, stage=0, batch_size=8, precision="fp32"))
+    assert found["weights"] == needs.weights_bytes
+    assert found["gradients"] == needs.gradients_bytes
+    assert found["optimizer"] == needs.optimizer_bytes
+    assert found["teacher"] == needs.teacher_bytes
+    assert found["activations"] == needs.activations_bytes
+    assert found["masters"] == 0
+
+
+def test_stages_divide_what_they_say() -> None:
+    one, ranks = 4 * PARAMETERS, 64
+    found = [state_bytes(paper(), PARAMETERS, layout(ranks, stage, precision="fp32")) for stage in range(4)]
+    part = 4 * -(-PARAMETERS // ranks)
+    assert [each["optimizer"] for each in found] == [2 * one, 2 * part, 2 * part, 2 * part]
+    assert [each["masters"] for each in found] == [0, part, part, part]
+    assert [each["weights"] for each in found] == [one, one, one, part]
+    totals = [sum(each.values()) for each in found]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[3] < totals[0] / 2
+    halves = state_bytes(paper(), PARAMETERS, layout(ranks, 0, precision="bf16"))
+    assert halves["weights"] == one + 2 * PARAMETERS  # autocast's copies
+
+
+def test_gradients_are_added_up_once_a_step_or_once_a_micro_batch() -> None:
+    sizes = [
+        purposes(state_transfers(paper(), PARAMETERS, layout(8, stage, accumulate_steps=4)))["gradients"].full_bytes
+        for stage in range(4)
+    ]
+    assert sizes == [4 * PARAMETERS, 4 * PARAMETERS, 16 * PARAMETERS, 16 * PARAMETERS]
+    assert state_transfers(paper(), PARAMETERS, layout(1, stage=3)) == []
+
+
+def test_time_of_the_computing_by_hand() -> None:
+    config = paper("compute.checkpoint_activations=mlp")
+    chosen = layout(16, stage=1, batch_size=64)
+    found = predicted(config, chosen, mfu=0.5, hbm_share=0.5)
+    counted = sample_flops(config.model, config.data.views, global_batch=1024)
+    per_ms = 989.4e9 * 0.5
+    assert found.compute_ms["teacher"] == pytest.approx(64 * counted.teacher_forward / per_ms)
+    backward = counted.student_backward + counted.student_forward / 3
+    assert found.compute_ms["backward"] == pytest.approx(64 * backward / per_ms)
+    assert found.compute_ms["optimizer"] == pytest.approx(1e3 * PARAMETERS / 16 * 40 / (3350e9 * 0.5))
+    assert found.samples_per_s == pytest.approx(1e3 * 1024 / found.step_ms)
+    assert found.mfu_pct < 50
+    assert predicted(config, chosen, mfu=0.25).compute_ms["teacher"] == pytest.approx(2 * found.compute_ms["teacher"])
+    short = predicted(config, chosen, global_caption_tokens=40, local_caption_tokens=20)
+    assert short.flops < found.flops
+
+
+def test_computing_hides_what_may_run_beside_it() -> None:
+    chosen = layout(16, stage=1)
+    none, half, slow = (
+        predicted(paper(), chosen, overlap=value, network_gb_s=rate) for value, rate in ((0, 400), (0.5, 400), (0.5, 1))
+    )
+    assert none.exposed_ms == pytest.approx(sum(none.transfer_ms))
+    assert none.step_ms == pytest.approx(sum(none.compute_ms.values()) + sum(none.transfer_ms))
+    hideable = sum(ms for one, ms in zip(half.transfers, half.transfer_ms, strict=True) if one.beside)
+    assert 0 < hideable < half.compute_ms["backward"] / 2  # so all of it is hidden
+    assert half.exposed_ms == pytest.approx(sum(half.transfer_ms) - hideable)
+    hidden = sum(slow.transfer_ms) - slow.exposed_ms  # as much as half of the computing holds
+    teacher = next(ms for one, ms in zip(slow.transfers, slow.transfer_ms, strict=True) if one.beside == "student")
+    assert hidden == pytest.approx(min(teacher, slow.compute_ms["student"] / 2) + slow.compute_ms["backward"] / 2)
+
+
+def test_the_batch_is_split_until_it_fits() -> None:
+    rates = assume("h100", "bf16")
+    small = stages_of(paper(), 128, 4096, rates, precision="bf16", gpus_per_node=8)
+    assert all((one.layout.batch_size, one.layout.accumulate_steps) == (32, 1) for one in small)
+    large = stages_of(paper(), 8, 32768, rates, precision="bf16", gpus_per_node=8)
+    for one in large:
+        assert one.fits
+        assert one.layout.global_batch == 32768
+        doubled = replace(
+            one.layout, batch_size=2 * one.layout.batch_size, accumulate_steps=one.layout.accumulate_steps // 2
+        )
+        assert not forecast(paper(), doubled, rates, 8).fits
+    hopeless = stages_of(paper(), 8, 32768, replace(rates, memory_gb=4), precision="bf16", gpus_per_node=8)
+    assert not any(one.fits for one in hopeless)
+    assert best_stage(hopeless).total_gib == min(one.total_gib for one in hopeless)
+    assert best_stage(large).step_ms == min(one.step_ms for one in large)
+
+
+def test_every_gpu_of_the_table_has_a_published_rate() -> None:
+    for name in SHEETS:
+        assert published_peak(name, "fp16") is not None, name
+        assert assume(name.lower(), "fp16").memory_gb == SHEETS[name].memory_gb
+    assert assume("NVIDIA A100-SXM4-80GB".replace("SXM4-", ""), "bf16").memory_gb == 80
+    assert assume("a100_40gb", "bf16").memory_gb == 40
+
+
+def test_every_assumption_has_unit_and_source_and_can_be_set() -> None:
+    rates = assume("h100", "bf16")
+    assert [name for name, *_ in rates.described()] == names() == [one.name for one in fields(Assumptions)][:-1]
+    assert all(unit and source for _, _, unit, source in rates.described())
+    for name in names():
+        changed = assume("h100", "bf16", {name: 0.25})
+        assert getattr(changed, name) == 0.25
+        assert changed.sources[name] == "given"
+    every = dict.fromkeys(("peak_tflops", "memory_gb", "hbm_gb_s", "link_gb_s", "network_gb_s"), 10.0)
+    assert assume("my own", "bf16", every).peak_tflops == 10
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "given", "message"),
+    [
+        ("h1oo", "bf16", {}, "did you mean 'H100'"),
+        ("x", "bf16", {"peak_tflops": 1.0}, "--assume memory_gb=…"),
+        ("v100", "bf16", {}, "V100 has no published rate in bf16"),
+        ("h100", "bf16", {"mfuu": 1.0}, "did you mean 'mfu'"),
+        ("h100", "bf16", {"mfu": 1.5}, "between 0 and 1"),
+        ("h100", "bf16", {"mfu": 0.0}, "above 0"),
+        ("h100", "bf16", {"network_gb_s": float("nan")}, "above 0"),
+        ("h100", "bf16", {"overlap": -1.0}, "0 or above"),
+    ],
+)
+def test_wrong_assumptions_are_refused(gpu: str, precision: str, given: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        assume(gpu, precision, given)
+
+
+def test_the_command_shows_stages_and_says_that_it_is_a_model(capsys) -> None:
+    arguments = ["plan", "--recipe", "cc12m_vit_b_16", "--gpus", "128", "--gpu", "h100", "--global-batch", "32768"]
+    assert run(command, arguments) == 0
+    text = capsys.readouterr().out
+    assert "128 x h100 (16 servers of 8), 32768 samples a step, in bf16" in text
+    assert "A model, not a measurement" in text
+    assert all(name in text for name in names())
+    assert "run.batch_size=128 run.accumulate_steps=2" in text
+    assert all(f"│ {stage}" in text for stage in range(4))
+    assert run(command, [*arguments[:3], "--gpus", "8,24,64", "--assume", "mfu=0.3"]) == 0
+    text = capsys.readouterr().out
+    assert "left out: 24 GPUs, among which 4096 samples do not divide evenly" in text
+    assert "│ 64" in text
+    assert "given" in text
+
+
+def test_json_holds_the_same(capsys) -> None:
+    assert run(command, ["plan", "--recipe", "cc12m_vit_b_16", "--gpus", "8,16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "not a measurement" in found["note"]
+    assert found["assumptions"]["mfu"] == {
+        "value": 0.4,
+        "unit": "of peak_tflops",
+        "source": "the bar of this project, not yet measured on any GPU",
+    }
+    rows = found["layouts"]
+    assert [(row["ranks"], row["stage"]) for row in rows] == [(n, stage) for n in (8, 16) for stage in range(4)]
+    assert [sum(row["best"] for row in rows if row["ranks"] == n) for n in (8, 16)] == [1, 1]
+    for row in rows:
+        memory = row["memory_gib"]
+        parts = [value for name, value in memory.items() if name not in ("total", "limit")]
+        assert sum(parts) == pytest.approx(memory["total"])
+        assert row["received_bytes"] == pytest.approx(sum(one["received_bytes"] for one in row["transfers"]))
+        assert row["step_ms"] == pytest.approx(sum(row["compute_ms"].values()) + row["exposed_ms"])
+        assert row["days"] == pytest.approx(32 * 10_010_225 / row["samples_per_s"] / 86400)
+        assert row["global_batch"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "many"], "give a number of GPUs"),
+        (["--gpus", "0"], "give a number of GPUs"),
+        (["--gpus", "24"], "4096 samples a step do not divide evenly among 24 ranks"),
+        (["--assume", "mfu"], "not of the form NAME=NUMBER"),
+        (["--assume", "mfu=fast"], "not of the form NAME=NUMBER"),
+        (["--gpu", "h101"], "is not in the table"),
+        (["--set", "run.batch=2"], "did you mean"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys) -> None:
+    assert run(command, ["plan", "--recipe", "cc12m_vit_b_16", *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
