@@ -15,7 +15,7 @@ SAMPLES = 9
 
 def patient(**changes: Any) -> Storage:
     allow_pipe = changes.pop("allow_pipe", False)
-    return Storage(RemoteConfig(**{"retry_s": 3.0, "timeout_s": 2.0, **changes}), allow_pipe=allow_pipe)
+    return Storage(RemoteConfig(**{"retry_s": 60.0, "timeout_s": 60.0, **changes}), allow_pipe=allow_pipe)
 
 
 def opened(path: str, **changes: Any) -> Index:

@@ -19,8 +19,9 @@ class Web:
     """url: of the folder. The rest is set by tests while the server runs.
 
     ranged: whether Range is honoured. fail: answers that are still to fail, with `status`. cut: answers still to break
-    off after half of their bytes. delay_s: before each answer. etag: whether versions are told. password: what
-    Authorization must hold. requests, sent_bytes, busiest: what was asked and sent, and how much at a time.
+    off after half of their bytes. hold(): no answers while its block runs. delay_s: before each answer. etag: whether
+    versions are told. password: what Authorization must hold. requests, sent_bytes, busy: what was asked and sent, and
+    how many are being answered.
     Paths in `old/` lead to those without.
     """
 
@@ -36,8 +37,17 @@ class Web:
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent_bytes: int = 0
     busy: int = 0
-    busiest: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    may_answer: threading.Event = field(default_factory=threading.Event)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Requests are taken, and wait for the end of the block."""
+        self.may_answer.clear()
+        try:
+            yield
+        finally:
+            self.may_answer.set()
 
     def take(self, name: str) -> bool:
         """Count one of `name` down; whether there was one."""
@@ -51,6 +61,7 @@ class Web:
 def serve(folder: Path) -> Iterator[Web]:
     """Serve `folder` while the block runs."""
     web = Web()
+    web.may_answer.set()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -59,7 +70,6 @@ def serve(folder: Path) -> Iterator[Web]:
         def do_GET(self) -> None:
             with web.lock:
                 web.busy += 1
-                web.busiest = max(web.busiest, web.busy)
             answer(self, web, folder)
             with web.lock:
                 web.busy -= 1
@@ -85,6 +95,7 @@ def answer(handler: BaseHTTPRequestHandler, web: Web, folder: Path) -> None:
     wanted = handler.headers.get("Range", "")
     with web.lock:
         web.requests.append((path, wanted))
+    web.may_answer.wait()
     time.sleep(web.delay_s)
     if web.password and handler.headers.get("Authorization") != web.password:
         return say(handler, 401)

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from benchmarks import bench_infonce, bench_pool, bench_step, rows
+from benchmarks import bench_infonce, bench_pool, bench_step, harness, rows
 from benchmarks.eager_cosmos import EagerTrainer
 from benchmarks.harness import Timing, assert_agree, interleave, ledger
 from benchmarks.memory import peak_mib
@@ -24,6 +24,7 @@ from benchmarks.shapes import mini_step
 from cosmos_fast.cli import bench
 from cosmos_fast.cli.main import run
 from cosmos_fast.utils import memory
+from tests.hand_clock import HandClock
 
 ROW = Row(
     name="toy",
@@ -62,15 +63,23 @@ def test_both_sides_get_the_same_fresh_inputs_in_alternating_order() -> None:
     assert len(timing.baseline_ms) == len(timing.candidate_ms) == 7  # the warm-up is not among them
 
 
-def test_a_slower_candidate_has_a_ratio_above_one() -> None:
-    def sleep_ms(length: float, _: int) -> None:
-        time.sleep(length / 1e3)
+def test_a_slower_candidate_has_a_ratio_above_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = HandClock(monkeypatch, harness)
 
-    timing = interleave(partial(sleep_ms, 5), partial(sleep_ms, 20), int, check=lambda: None, repeats=7, warmup=0)
-    assert timing.ratio > 1.5
-    assert min(timing.candidate_ms) >= 20
+    def work_ms(length: float, seed: int) -> None:
+        clock.pass_ms(length + seed)
+
+    timing = interleave(partial(work_ms, 5), partial(work_ms, 20), int, check=lambda: None, repeats=7, warmup=0)
+    assert timing.baseline_ms == pytest.approx([5 + seed for seed in range(7)])
+    assert timing.candidate_ms == pytest.approx([20 + seed for seed in range(7)])
+    assert timing.ratio == pytest.approx(23 / 8)
     low, high = timing.spread
-    assert low <= timing.ratio <= high
+    assert low < timing.ratio < high
+
+
+def test_the_clock_of_a_cpu_is_the_wall_clock() -> None:
+    timing = interleave(int, lambda _: time.sleep(0.002), int, check=lambda: None, warmup=0)
+    assert min(timing.candidate_ms) >= 2
 
 
 def test_nothing_is_timed_when_the_sides_disagree() -> None:

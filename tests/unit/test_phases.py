@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,24 +10,14 @@ import torch
 from cosmos_fast.utils import peak_rates, phases
 from cosmos_fast.utils.peak_rates import matmul_flops_per_s, measured_rate, peak_rate, published_peak
 from cosmos_fast.utils.phases import OTHER, PHASES, Ledger, PhaseTimer, no_clock
+from tests.hand_clock import HandClock
 
 CPU = torch.device("cpu")
 
 
-class HandClock:
-    """A clock that moves when it is told to: what the timer finds is then exact."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now_s = 1000.0
-        monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: self.now_s))
-
-    def pass_ms(self, length: float) -> None:
-        self.now_s += length / 1e3
-
-
 @pytest.fixture
 def hand_clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
-    return HandClock(monkeypatch)
+    return HandClock(monkeypatch, phases)
 
 
 def check(ledger: Ledger, wall_ms: float, **phase_ms: float) -> None:
