@@ -5,7 +5,7 @@
 #include <cstdint>
 
 /* Raised with every change of an exported signature or struct, and with every new function; native.py holds its twin. */
-#define COSMOS_ABI_VERSION 7
+#define COSMOS_ABI_VERSION 8
 
 #define COSMOS_EXPORT extern "C" __attribute__((visibility("default")))
 

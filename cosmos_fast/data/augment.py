@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cosmos_fast.config import CropConfig
+from cosmos_fast.ops.recolor_numbers import JITTER_OPS
 
-JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
 _TRIES = 10
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 # A row of numbers: 2 a try (area, ratio), 2 for the place, flip, jitter, grey, blur, radius, solarise, 4 strengths,

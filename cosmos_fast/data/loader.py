@@ -27,6 +27,7 @@ from cosmos_fast.data.mixture import open_mixture
 from cosmos_fast.data.order import rank_positions
 from cosmos_fast.data.recolor import recolor_
 from cosmos_fast.data.sample import MAX_ATTEMPTS, CropStack, RawBatch, SampleStream
+from cosmos_fast.ops import recolor
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.processes import end_with_parent
 
@@ -55,6 +56,7 @@ def build_loader(
     indexes, order = open_mixture(config, seed)
     device = torch.device(device)
     with_dali = choose_loader(config.loader, device) == "dali"
+    recolor.announce(device)  # here, or every worker would log it
     stream = SampleStream(
         config,
         indexes,

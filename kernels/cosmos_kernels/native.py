@@ -18,7 +18,7 @@ from typing import Any
 import torch  # before the libraries: they then share the OpenMP runtime, and its threads, with torch
 from torch import Tensor
 
-ABI_VERSION = 7  # COSMOS_ABI_VERSION of csrc/cosmos.h
+ABI_VERSION = 8  # COSMOS_ABI_VERSION of csrc/cosmos.h
 LIBRARY_DIR = Path(__file__).parent / "_lib"
 LIBRARIES = {"cpu": "libcosmos_cpu.so", "cuda": "libcosmos_cuda.so"}
 _MEND = "reinstall with `pip install -e .`"

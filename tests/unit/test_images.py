@@ -1,4 +1,4 @@
-"""Pixels: what is accepted and refused, resizing and recolouring against PIL, the evaluation transform."""
+"""Pixels: what is accepted and refused, resizing against PIL, the evaluation transform. Colours: test_recolor.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.original_input import recolor as pil_view
-from cosmos_fast.config import ViewsConfig
-from cosmos_fast.data import faults, rng
-from cosmos_fast.data.augment import ViewNumbers, draw_views
+from cosmos_fast.data import faults
+from cosmos_fast.data.augment import ViewNumbers
 from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import (
     MEAN,
@@ -27,7 +25,6 @@ from cosmos_fast.data.images import (
     normalize,
     to_pixels,
 )
-from cosmos_fast.data.recolor import color_numbers, recolor_
 from tests.shards import picture
 
 PLAIN = ViewNumbers(
@@ -143,7 +140,7 @@ def test_pixel_cap_is_inclusive_and_checked_before_decoding() -> None:
     assert fault.value.cause == faults.TOO_MANY_PIXELS
 
 
-# --- cutting and recolouring, against PIL
+# --- cutting, against PIL
 
 
 @pytest.mark.parametrize("size", [24, 96, 224])
@@ -157,88 +154,6 @@ def test_crop_and_resize_is_within_a_level_of_pil(size: int, box: tuple[int, int
     assert cut.dtype == torch.uint8
     assert difference.max() <= 1
     assert difference.mean() < 0.05
-
-
-def recolored(image: Image.Image, view: ViewNumbers) -> np.ndarray:
-    pixels = to_pixels(image)[None].contiguous()
-    return recolor_(pixels, color_numbers([view]))[0].permute(1, 2, 0).numpy().astype(int)
-
-
-@pytest.mark.parametrize("operation", ["brightness", "contrast", "saturation"])
-@pytest.mark.parametrize("factor", [0.0, 0.6, 0.8371, 1.0, 1.2113, 1.4])
-def test_blends_equal_pil(operation: str, factor: float) -> None:
-    view = replace(PLAIN, jitter=((operation, factor),))
-    assert np.array_equal(recolored(textured(48), view), np.asarray(pil_view(textured(48), view)))
-
-
-@pytest.mark.parametrize("turns", [-0.5, -0.1, -0.033, 0.0, 0.02, 0.1, 0.5])
-def test_hue_follows_pil(turns: float) -> None:
-    view = replace(PLAIN, jitter=(("hue", turns),))
-    difference = np.abs(recolored(textured(48), view) - np.asarray(pil_view(textured(48), view)))
-    assert difference.mean() < 0.02
-    assert (difference > 2).mean() < 0.001  # a hue on the edge of two 8-bit steps falls to the other side
-
-
-def test_hue_leaves_greys_and_primaries_in_place() -> None:
-    greys = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2))
-    view = replace(PLAIN, jitter=(("hue", 0.1),))
-    assert np.array_equal(recolored(greys, view), np.asarray(greys))
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 0, 0], [7, 7, 9]], np.uint8)
-    image = Image.fromarray(colours.reshape(2, 3, 3))
-    assert np.abs(recolored(image, view) - np.asarray(pil_view(image, view))).max() <= 1
-
-
-@pytest.mark.parametrize("radius", [0.1, 0.33, 0.77, 1.2, 1.41, 1.4143, 1.7, 1.999])
-@pytest.mark.parametrize("size", [24, 65])
-def test_blur_follows_pil_up_to_the_border(radius: float, size: int) -> None:
-    view = replace(PLAIN, blur_radius=radius)
-    difference = np.abs(recolored(textured(size), view) - np.asarray(pil_view(textured(size), view)))
-    assert difference.max() <= 2
-    assert difference.mean() < 0.2
-
-
-def test_grey_solarise_and_flip_equal_pil() -> None:
-    for view in (
-        replace(PLAIN, gray=True),
-        replace(PLAIN, solarize_threshold=128),
-        replace(PLAIN, flip=True),
-        replace(PLAIN, gray=True, solarize_threshold=200, flip=True),
-    ):
-        assert np.array_equal(recolored(textured(33), view), np.asarray(pil_view(textured(33), view)))
-
-
-def drawn_views(count: int, size: int) -> list[ViewNumbers]:
-    crop = ViewsConfig(local_solarize_p=0.3, local_image_size=size).crops(size)[-1]
-    return [draw_views([crop], 60, 60, rng.generator(0, rng.CROPS, item=i))[0] for i in range(count)]
-
-
-def test_whole_views_follow_pil() -> None:
-    """Order of the operations: jitter in its drawn order, grey, blur, solarise, flip."""
-    for number, view in enumerate(drawn_views(60, 32)):
-        view = replace(view, solarize_threshold=None)  # it turns a level's difference at the threshold into 127
-        image = textured(32, seed=number)
-        difference = np.abs(recolored(image, view) - np.asarray(pil_view(image, view)))
-        assert difference.mean() < 0.6, view
-        assert (difference > 4).mean() < 0.01, view
-
-
-@pytest.mark.parametrize("chunk_values", [1, 3 * 32 * 32 * 7, 1 << 30])
-def test_a_crop_does_not_depend_on_its_batch(chunk_values: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    views = drawn_views(40, 32)
-    pixels = torch.stack([to_pixels(textured(32, seed=n)) for n in range(40)]).contiguous()
-    alone = torch.cat([recolor_(pixels[n : n + 1].clone(), color_numbers([views[n]])) for n in range(40)])
-    monkeypatch.setattr("cosmos_fast.data.recolor._CHUNK_VALUES", chunk_values)
-    assert torch.equal(recolor_(pixels.clone(), color_numbers(views)), alone)
-    assert not torch.equal(pixels, alone)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_recolouring_on_a_gpu_equals_the_cpu() -> None:
-    views = drawn_views(64, 48)
-    pixels = torch.stack([to_pixels(textured(48, seed=n)) for n in range(64)]).contiguous()
-    on_gpu = recolor_(pixels.cuda(), color_numbers(views)).cpu().int()
-    difference = (on_gpu - recolor_(pixels, color_numbers(views)).int()).abs()
-    assert (difference > 0).float().mean() < 0.01
 
 
 # --- normalising and evaluation
