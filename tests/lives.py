@@ -59,7 +59,8 @@ class Run:
     def live(self, split: Split, stop: int, when: Callable[[int], bool] | None = None) -> None:
         """Train from the saved position up to `stop`; kill -9 every rank as soon as when(steps of this life).
 
-        Where it is to be killed, a life that reaches `stop` waits for it: however slow the machine, a kill is a kill.
+        Where it is to be killed, a life that reaches `stop` waits for it, without saving once more: however slow the
+        machine, a kill is a kill, and what it costs does not depend on when it comes.
         """
         life, start = len(self.starts), self.position
         self.starts.append(start)
@@ -68,15 +69,16 @@ class Run:
         processes = [_FORK.Process(target=_train, args=each) for each in arguments]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + 120
-        while any(process.is_alive() for process in processes):
+        deadline = time.monotonic() + 600
+        is_over = False
+        while not is_over and any(process.is_alive() for process in processes):
             assert time.monotonic() < deadline, "a life does not end"
+            is_over = when is not None and when(len(self.notes(life, 0)))
+            # After that look, not before: a step that was noted had its workers.
             self.workers |= {child for process in processes for child in children(process.pid or 0)}
-            if when is not None and when(len(self.notes(life, 0))):
-                for process in processes:
-                    os.kill(process.pid or 0, signal.SIGKILL)
-                break
-            time.sleep(0.002)
+            time.sleep(0 if is_over else 0.002)
+        for process in processes if is_over else ():
+            os.kill(process.pid or 0, signal.SIGKILL)
         for process in processes:
             process.join()
             assert process.exitcode == (0 if when is None else -signal.SIGKILL)
@@ -109,9 +111,10 @@ def _train(run: Run, life: int, split: Split, rank: int, stop: int, barrier: Bar
         note = {"position": batch.position, "samples": checksums(batch)}
         os.write(file, json.dumps(note).encode() + b"\n")
         barrier.wait()  # a step needs the gradients of every rank
-        if rank == 0 and (step % SAVE_EVERY_STEPS == 0 or batch.next_position >= stop):
+        is_last = batch.next_position >= stop
+        if rank == 0 and (step % SAVE_EVERY_STEPS == 0 or (is_last and not until_killed)):
             write_atomic(run.folder / "position", str(batch.next_position))
-        if batch.next_position >= stop:
+        if is_last:
             break
     while until_killed:
         signal.pause()

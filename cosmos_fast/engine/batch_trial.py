@@ -113,7 +113,7 @@ def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int) -> int | 
         raise RuntimeError("the process that was to measure memory died; its error stands above") from None
     if isinstance(found, UserError):
         raise found
-    return found
+    return found if found is not None and found <= limit_bytes else None  # it may pass between two looks
 
 
 def _child(sender: Connection, config: TrainConfig) -> None:

@@ -1,49 +1,46 @@
-"""All negatives of a step over real ranks: micro-batches of every rank together are one batch, step after step."""
+"""Steps over real ranks: the samples of all ranks and micro-batches are one batch, and the update is that of one process."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from cosmos_fast.loss import ClipLoss, CosmosLoss
-from cosmos_fast.utils.phases import PhaseTimer, no_clock
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.loss import build_objective
+from cosmos_fast.utils.ranks import joined_ranks
+from tests.ranks import run_ranks
 from tests.tiny_run import flat, make_batch, make_trainer, tiny_config
 
-WORLD = 2
+WORLDS = (2, 4)
 STEPS = 3
-POSITIONS = [[0, 2, 4], [6, 8, 10]]  # of the micro-batches of each rank; 12 further in every step
+POSITIONS = [0, 2, 4, 6]  # of a step's micro-batches of two, shared out among the ranks; 8 further in every step
 RECIPES = ("demo", "demo_clip")
-LATE_S = 0.3
 CLIP_NORM = 0.5
 
 
-def _run(
-    folder: str, recipe: str, positions: list[int], group: dist.ProcessGroup | None, clock: Any = no_clock
-) -> dict[str, Any]:
+def _config(folder: str, recipe: str, *settings: str) -> TrainConfig:
+    common = ("run.batch_size=2", "run.negatives=all", f"optimizer.clip_norm={CLIP_NORM}")
+    return tiny_config(Path(folder), *common, *settings, recipe=recipe)
+
+
+def _run(config: TrainConfig, positions: list[int], group: dist.ProcessGroup | None) -> dict[str, Any]:
     """STEPS steps over the micro-batches at these positions, and the gradients of the first; equal weights everywhere.
 
     fp16 stands for its loss scale: the arithmetic is fp32, in which ranks and micro-batches can be held to 1e-5.
     """
-    settings = ("run.batch_size=2", "run.negatives=all", f"optimizer.clip_norm={CLIP_NORM}")
-    trainer = make_trainer(tiny_config(Path(folder), *settings, recipe=recipe))
-    gradients = trainer.gradients
-    gradients.clock = clock
-    gradients.objective = (CosmosLoss if recipe == "demo" else ClipLoss)(group, clock=clock)
+    trainer = make_trainer(config)
+    trainer.gradients.objective = build_objective(config, group)
     trainer.state.loss_scale = 2.0**12
     first: dict[str, torch.Tensor] = {}
     losses, norms = [], []
     for step in range(STEPS):
         trainer.optimizer.zero_grad()
-        losses.append(gradients.accumulate([make_batch(trainer.config, 12 * step + at) for at in positions]))
+        losses.append(trainer.gradients.accumulate([make_batch(config, 8 * step + at) for at in positions]))
         named = {name: p.grad for name, p in trainer.student.named_parameters() if p.grad is not None}
         for grad in named.values() if group is not None else ():
             dist.all_reduce(grad, group=group)
@@ -55,59 +52,36 @@ def _run(
     return {"losses": torch.stack(losses), "norms": torch.tensor(norms), "gradients": first, **weights}
 
 
-class CountingClock:
-    """A phase timer that remembers inside which phase every collective was."""
-
-    def __init__(self) -> None:
-        self.timer = PhaseTimer(torch.device("cpu"))
-        self.open: list[str] = []
-        self.collectives: list[str] = []
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        if phase == "communication":
-            self.collectives.append(self.open[-1])
-        self.open.append(phase)
-        with self.timer(phase):
-            yield
-        self.open.pop()
-
-
-def _ledger(folder: str, group: dist.ProcessGroup, rank: int) -> dict[str, Any]:
-    """One step of which the last rank comes late to the loss, by the phase clock."""
-    clock = CountingClock()
-    config = tiny_config(Path(folder), "run.batch_size=2")
-    trainer = make_trainer(config)
-    trainer.gradients.clock = clock
-    trainer.gradients.objective = CosmosLoss(group, clock=clock)
-    dist.barrier()
-    clock.timer.start()
-    if rank == WORLD - 1:
-        with clock("data"):
-            time.sleep(LATE_S)
-    trainer.gradients.accumulate([make_batch(config, 2 * rank)])
-    ledger = clock.timer.stop(steps=1)
-    return {"collectives": clock.collectives, "phase_ms": ledger.phase_ms, "wall_ms": ledger.wall_ms}
-
-
-def _run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    group = dist.group.WORLD
-    assert group is not None
-    for recipe in RECIPES:
-        torch.save(_run(folder, recipe, POSITIONS[rank], group), f"{folder}/{recipe}_{rank}.pt")
-    torch.save(_ledger(folder, group, rank), f"{folder}/ledger_{rank}.pt")
-    dist.destroy_process_group()
+def _run_rank(folder: str) -> None:
+    with joined_ranks("cpu", timeout_s=300.0) as ranks:
+        share = len(POSITIONS) // ranks.world_size
+        own = POSITIONS[ranks.rank * share :][:share]
+        for recipe in RECIPES:
+            torch.save(_run(_config(folder, recipe), own, ranks.group), f"{folder}/{recipe}_{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of what two ranks computed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_run_rank, (str(folder),), nprocs=WORLD)
-    return folder
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[dict[str, Any]]]:
+    """What every rank of a world computed for a recipe."""
+    folders: dict[int, Path] = {}
+
+    def get(world: int, recipe: str) -> list[dict[str, Any]]:
+        if world not in folders:
+            folders[world] = tmp_path_factory.mktemp(f"ranks_{world}")
+            run_ranks(_run_rank, world, str(folders[world]))
+        return [torch.load(folders[world] / f"{recipe}_{rank}.pt") for rank in range(world)]
+
+    return get
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A recipe, and what one process with all samples computes; its starting weights too."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    config = _config(folder, request.param)
+    start = make_trainer(config)
+    origins = {f"first {name}": flat(getattr(start, name)).clone() for name in ("student", "teacher")}
+    return request.param, _run(config, POSITIONS, None) | origins
 
 
 def off(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -115,35 +89,24 @@ def off(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_ranks_and_micro_batches_add_up_to_one_batch(recipe: str, found: Path, tmp_path: Path) -> None:
-    ranks = [torch.load(found / f"{recipe}_{rank}.pt") for rank in range(WORLD)]
-    positions = [position for own in POSITIONS for position in own]
-    whole = _run(str(tmp_path), recipe, positions, None)
-    start = make_trainer(tiny_config(tmp_path, recipe=recipe))
-    assert float(whole["norms"].min()) > CLIP_NORM
+@pytest.mark.parametrize("world", WORLDS)
+def test_ranks_and_micro_batches_add_up_to_one_batch(
+    world: int,
+    whole: tuple[str, dict[str, Any]],
+    found: Callable[[int, str], list[dict[str, Any]]],
+) -> None:
+    """Two ranks accumulate two micro-batches each (features joined, then run again); four have one each."""
+    recipe, expected = whole
+    ranks = found(world, recipe)
+    assert float(expected["norms"].min()) > CLIP_NORM
     for rank in ranks:
-        for name, grad in whole["gradients"].items():
+        assert rank["gradients"].keys() == expected["gradients"].keys()
+        for name, grad in expected["gradients"].items():
             assert off(rank["gradients"][name], grad) < 1e-5, name
-        torch.testing.assert_close(rank["losses"], whole["losses"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rank["norms"], whole["norms"], rtol=1e-5, atol=0.0)
+        torch.testing.assert_close(rank["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-5, atol=0.0)
         for name in ("student", "teacher"):  # how far three steps have moved them
-            origin = flat(getattr(start, name))
-            assert off(rank[name] - origin, whole[name] - origin) < 1e-3, name
-    assert torch.equal(ranks[0]["student"], ranks[1]["student"])
-    assert torch.equal(ranks[0]["teacher"], ranks[1]["teacher"])
-
-
-@pytest.mark.slow
-def test_collectives_and_the_wait_for_the_slowest_rank_are_communication(found: Path) -> None:
-    early, late = (torch.load(found / f"ledger_{rank}.pt") for rank in range(WORLD))
-    for rank in (early, late):
-        # Two terms: a gather of the columns and two reductions each; the student's columns get their gradient back.
-        assert rank["collectives"] == ["loss"] * 6 + ["backward"]
-        phase_ms = rank["phase_ms"]
-        assert min(phase_ms.values()) >= 0
-        assert phase_ms["communication"] > 0
-        assert sum(phase_ms.values()) == pytest.approx(rank["wall_ms"])
-    assert late["phase_ms"]["data"] >= 1e3 * LATE_S
-    assert early["phase_ms"]["communication"] > 0.5 * 1e3 * LATE_S
-    assert early["phase_ms"]["loss"] < 0.5 * 1e3 * LATE_S
+            origin = expected[f"first {name}"]
+            assert off(rank[name] - origin, expected[name] - origin) < 1e-3, name
+        assert torch.equal(rank["student"], ranks[0]["student"])
+        assert torch.equal(rank["teacher"], ranks[0]["teacher"])

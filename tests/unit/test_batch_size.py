@@ -17,6 +17,7 @@ from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import dump_config
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch, Line, Trial
+from tests.lives import children
 from tests.tiny_run import make_trainer, tiny_config
 from tests.unit.test_batch_trial import ENVIRONMENT, measurable, python
 
@@ -162,15 +163,16 @@ def test_ctrl_c_ends_both_processes_in_one_line(tmp_path: Path) -> None:
     assert process.stdout is not None
     while not process.stdout.readline().lstrip().startswith("batch"):
         assert process.poll() is None
-    time.sleep(0.5)  # in the middle of the first size
+    while not children(process.pid):  # it measures the first size
+        assert process.poll() is None
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err.split() == ["interrupted"]
-    for _ in range(100):  # multiprocessing's own helper sees the end by itself
-        if not group_is_alive(process.pid):
-            break
-        time.sleep(0.05)
+    deadline = time.monotonic() + 120
+    while group_is_alive(process.pid) and time.monotonic() < deadline:  # the last of it sees the end by itself
+        time.sleep(0.02)
     assert not group_is_alive(process.pid)
 
 

@@ -20,6 +20,7 @@ from cosmos_fast.engine.batch_size import BatchSizeSearch
 from cosmos_fast.engine.batch_trial import measure_peak
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.utils.errors import UserError
+from tests.lives import is_running
 from tests.tiny_run import tiny_config
 
 MIB, GIB = 2**20, 2**30
@@ -86,26 +87,18 @@ def test_a_search_that_is_killed_leaves_no_trial_behind(tmp_path: Path) -> None:
     search = subprocess.Popen(python(SEARCH, tmp_path), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert search.stdout is not None
     trial = int(search.stdout.readline())
-    assert runs(trial)
+    assert is_running(trial)
     search.kill()
     search.wait()
     search.stdout.close()
     try:
-        deadline = time.monotonic() + 10
-        while runs(trial) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 120
+        while is_running(trial) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not runs(trial)
+        assert not is_running(trial)
     finally:
-        if runs(trial):
+        if is_running(trial):
             os.kill(trial, signal.SIGKILL)
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is there, and not just waiting for somebody to ask how it ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the measured process is a fork only there")

@@ -179,13 +179,16 @@ def test_processes_that_churn_and_die_keep_cap_and_content(tmp_path: Path) -> No
     steady = [FORK.Process(target=_churn, args=(folder, seed, stop)) for seed in (1, 2)]
     for process in steady:
         process.start()
-    most = 0
+    cache, most = DiskCache(folder, CAP), 0
+    while most <= CAP / 2:
+        assert all(process.is_alive() for process in steady)
+        most = max(most, cache.used_bytes())
     for seed in range(3, 15):
         victim = FORK.Process(target=_churn, args=(folder, seed, stop))
         victim.start()
         for _ in range(10):
             time.sleep(0.005)
-            most = max(most, DiskCache(folder, CAP).used_bytes())
+            most = max(most, cache.used_bytes())
         victim.kill()
         victim.join()
     stop.touch()

@@ -6,11 +6,7 @@ import errno
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from cosmos_fast.data.synthetic import shards as shards_module
 from cosmos_fast.data.synthetic.scene import SceneSettings
 from cosmos_fast.data.synthetic.writer import DatasetSettings, missing_shards, write_dataset
 from cosmos_fast.utils.errors import UserError
+from tests.held import kill_where_held
 
 TINY = SceneSettings(seed=5, min_side=48, max_side=64, max_objects=3)
 SETTINGS = DatasetSettings(train=25, heldout=8, shard_size=10, scene=TINY)
@@ -100,41 +97,24 @@ def test_scenes_do_not_depend_on_the_size_of_the_set_or_of_shards(tmp_path: Path
 
 def test_killed_half_way_the_same_command_completes_it_byte_for_byte(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    size = {"train": 120, "heldout": 30, "shard_size": 30}
-    root = Path(__file__).resolve().parents[2]
-    call = [sys.executable, "-m", "cosmos_fast.cli.main", *synth(broken, "--workers", "2", **size)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    process = subprocess.Popen(call, cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not any(broken.glob("*/*.tar")) or not any(broken.glob("*/*.tmp")):
-            assert process.poll() is None, "finished before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    wait_until_quiet(broken)
+    size = {"train": 40, "heldout": 10, "shard_size": 10}
+    kill_where_held(
+        tmp_path / "held",
+        synth(broken, "--workers", "2", **size),
+        "cosmos_fast.data.synthetic.shards",
+        "make_sample",
+        "arguments[0].key in ('train_0000025', 'train_0000035')",  # in the middle of the third and the fourth shard
+        processes=2,
+    )
     finished = {path: path.stat().st_mtime_ns for path in broken.glob("*/*.tar")}
-    assert 1 <= len(finished) < 5
+    assert [path.name for path in sorted(finished)] == ["00000.tar", "00001.tar"]
+    assert len(list(broken.glob("*/*.tmp"))) == 2
     (broken / "train" / "00009.tar.tmp").write_bytes(b"left by an earlier kill")
 
     assert run(command, synth(broken, **size)) == 0
     assert run(command, synth(whole, **size)) == 0
     assert files_of(broken) == files_of(whole)
     assert all(path.stat().st_mtime_ns == written for path, written in finished.items())  # kept, not drawn again
-
-
-def wait_until_quiet(folder: Path) -> None:
-    """Worker processes notice that their parent was killed, and stop too."""
-    before = None
-    for _ in range(50):
-        now = {name: len(content) for name, content in files_of(folder).items()}
-        if now == before:
-            return
-        before = now
-        time.sleep(0.3)
-    pytest.fail("orphaned workers go on writing")
 
 
 def test_complete_data_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
