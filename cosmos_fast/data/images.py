@@ -73,13 +73,18 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
 
 
 def crop_and_resize(pixels: torch.Tensor, view: ViewNumbers) -> torch.Tensor:
-    """The box of a view, resized to [3, size, size] uint8, bicubic with antialiasing.
+    """The box of a view, resized to [3, size, size] uint8, bicubic with antialiasing."""
+    return cut_box(pixels, view.box, view.size)
+
+
+def cut_box(pixels: torch.Tensor, box: tuple[int, int, int, int], size: int) -> torch.Tensor:
+    """The same of a box: left, top, right, bottom.
 
     torch's 8-bit kernel: within one level of PIL's crop().resize(), four times as fast.
     """
-    left, top, right, bottom = view.box
-    box = pixels[None, :, top:bottom, left:right]
-    return F.interpolate(box, (view.size, view.size), mode="bicubic", antialias=True)[0]
+    left, top, right, bottom = box
+    cut = pixels[None, :, top:bottom, left:right]
+    return F.interpolate(cut, (size, size), mode="bicubic", antialias=True)[0]
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
