@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from cosmos_fast.data.quarantine import BadSample, Rules
 from cosmos_fast.data.verify import Verdict, verify
 from cosmos_fast.data.verify_part import Task
 from cosmos_fast.utils.errors import UserError
+from tests.held import kill_where_held
 from tests.shards import record, sample, write_shards, write_tar
 
 RULES = Rules("auto", 50_000_000, 1 << 20)
@@ -177,33 +175,28 @@ def test_a_sample_that_kills_its_reader_is_found_out(shards: Path) -> None:
 
 
 @pytest.mark.long
-def test_kill_at_any_moment_and_run_again(tmp_path: Path) -> None:
-    """The real command, killed with -9 time after time: in the end the file of an undisturbed run."""
+def test_kill_again_and_again_and_run_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The real command, killed with -9 in the middle of parts: in the end the file of an undisturbed run."""
     members: dict[str, bytes] = {}
     for number in range(3000):
         members[f"{number:06d}.jpg"] = sample(number % 7)[f"{number % 7:06d}.jpg"] if number % 100 else b"broken"
         members[f"{number:06d}.json"] = record(number)
-    write_tar(tmp_path / "00000.tar", members)
-    line = [sys.executable, "-m", "cosmos_fast.cli.main", "data", "verify", str(tmp_path), "--workers", "1"]
-    index = whole(tmp_path)
+    folder = tmp_path / "shards"
+    write_tar(folder / "00000.tar", members)
+    line = ["data", "verify", str(folder), "--workers", "1"]
+    index = whole(folder)
     journal = quarantine.place(index.shards).with_suffix(".verify")
-    reached = [0]
-    for lines in (2, 6):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < lines):
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        reached.append(journal.read_bytes().count(b"\n"))
-    assert reached == sorted(reached)
-    assert reached[1] >= 2
-    result = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "3,000 samples, 30 bad (1 %); " in result.stdout
-    assert "were verified before" in result.stdout
+    for parts in (1, 5):
+        place = f"arguments[1] == {parts} * 256 + 100"
+        kill_where_held(tmp_path / f"held_{parts}", line, "cosmos_fast.data.verify_part", "check_sample", place)
+        assert journal.read_bytes().count(b"\n") == 1 + parts  # the rules, and a line a part
+    assert run(command, line) == 0
+    out = capsys.readouterr().out
+    assert "3,000 samples, 30 bad (1 %); " in out
+    assert "1,280 were verified before" in out
     file = quarantine.place(index.shards)
     resumed = file.read_bytes()
-    verified(tmp_path, again=True)
+    verified(folder, again=True)
     assert resumed.split(b"\n", 1)[1] == file.read_bytes().split(b"\n", 1)[1]
 
 
