@@ -66,9 +66,11 @@ class RunConfig:
     it (optimizer steps; the schedules span it). batch_size: samples a rank and micro-batch. accumulate_steps:
     micro-batches an optimizer step. negatives: what each sample is held against: "micro", the samples of its
     micro-batch; "all", those of the whole step, as if it were one batch, for a second forward pass of all micro-batches
-    but one. world_size_hint: ranks the recipe was published with (0: any). threads: CPU threads, None leaves torch's
-    choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is always written at the end). keep_checkpoints:
-    newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf before the run stops.
+    but one. tower_gradients: of a run over W ranks: "exact", those of one process with all samples; "original", 1/W of
+    them, but all of the temperatures', as the original's gathers leave it. world_size_hint: ranks the recipe was
+    published with (0: any). threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means
+    never (a checkpoint is always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in
+    a row with NaN or Inf before the run stops.
     """
 
     out_dir: str = "runs"
@@ -77,6 +79,7 @@ class RunConfig:
     batch_size: int = 64
     accumulate_steps: int = 1
     negatives: Literal["micro", "all"] = "micro"
+    tower_gradients: Literal["exact", "original"] = "exact"
     world_size_hint: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
@@ -94,6 +97,7 @@ class RunConfig:
         require_positive("run", self, *positive)
         require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
         require_choice("run.negatives", self.negatives, ("micro", "all"))
+        require_choice("run.tower_gradients", self.tower_gradients, ("exact", "original"))
         require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:

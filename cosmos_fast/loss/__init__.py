@@ -1,5 +1,5 @@
 """Training objectives."""
 
-from cosmos_fast.loss.objective import ClipLoss, CosmosLoss, CosmosLossOutput
+from cosmos_fast.loss.objective import ClipLoss, CosmosLoss, CosmosLossOutput, TeacherAhead, build_objective
 
-__all__ = ["ClipLoss", "CosmosLoss", "CosmosLossOutput"]
+__all__ = ["ClipLoss", "CosmosLoss", "CosmosLossOutput", "TeacherAhead", "build_objective"]

@@ -7,7 +7,7 @@ offset + i:
     dL/ds = (exp(s - row_lse) + exp(s - col_lse) - 2 [j = offset + i]) / (2 pairs of rows)
 
 Forward keeps the two log-sum-exps only; backward recomputes the logits. Across ranks the columns are gathered once,
-column log-sum-exps are merged, and the columns' gradient goes back by one reduce-scatter.
+column log-sum-exps are merged, and the columns' gradient goes back by one reduce-scatter; see ops.infonce_terms.
 
 A backend is a namespace with two stage functions. They take features of one dtype, any strides, and a 0-dim scale:
 
@@ -24,11 +24,9 @@ Axes: Va, Vb views, B per-rank batch, G columns (the global batch), D embedding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,10 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_fast.ops import infonce_tiled
-from cosmos_fast.ops.backends import Backend, register, stages_for
+from cosmos_fast.ops.backends import Backend, register
+from cosmos_fast.ops.infonce_autograd import InfoNCE, term_statistics
 from cosmos_fast.ops.infonce_checks import OP, check_arguments
-from cosmos_fast.ops.infonce_ranks import Ranks
+from cosmos_fast.ops.infonce_ranks import Columns, ReturningColumns, Scattered, merge
 from cosmos_fast.ops.infonce_tiled import compute_dtype
+from cosmos_fast.utils.collectives import Collectives
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_kernels import infonce_cuda, native, reference, triton_support
 
@@ -84,15 +84,62 @@ def multiview_infonce(
     """
     parts = [a_VBD] if isinstance(a_VBD, Tensor) else list(a_VBD)
     check_arguments(parts, b_VBD, scale, offset, operand_dtype, group)
+    if group is not None:
+        collectives = Collectives(group, clock)
+        return infonce_terms([(parts, b_VBD, scale)], collectives, operand_dtype=operand_dtype, backend=backend)[0]
     if backend == "eager":
         if operand_dtype is not None:
             parts, b_VBD = [_rounded(part, operand_dtype) for part in parts], _rounded(b_VBD, operand_dtype)
-        return _run_eager(parts, b_VBD, scale, offset, group)
+        return _run_eager(parts, b_VBD, scale, offset)
     if b_VBD.shape[1] == parts[0].shape[1] and _rather_columns(parts, b_VBD):
         parts, b_VBD = [b_VBD], parts[0] if len(parts) == 1 else torch.cat(parts)
     dtype = parts[0].dtype if operand_dtype is None else operand_dtype
-    ranks = None if group is None else Ranks(group, clock)
-    return _InfoNCE.apply(b_VBD, scale, offset, ranks, dtype, backend, *parts)
+    return InfoNCE.apply(b_VBD, scale, offset, None, dtype, backend, *parts)
+
+
+def infonce_terms(
+    terms: Sequence[tuple[Tensor | Sequence[Tensor], Tensor | Columns, Tensor]],
+    collectives: Collectives,
+    *,
+    operand_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """`multiview_infonce` of several terms (a_VBD, b_VBD, scale) with a group; their log-sum-exps are merged together.
+
+    The b of a term may be on its way to all ranks already, as Columns: it gets no gradient. Terms are worked off in
+    order, forward, and from the last to the first backward: the columns that have to wait for others, or whose gradient
+    others wait for, best come last.
+    """
+    if backend == "eager":
+        raise ValueError(f"{OP}: the eager backend computes one process's batch; use another with a group")
+    ready, found = [], []
+    for a_VBD, b, scale in terms:
+        parts = [a_VBD] if isinstance(a_VBD, Tensor) else list(a_VBD)
+        own_VBD = b.own_VBD.detach() if isinstance(b, Columns) else b
+        check_arguments(parts, own_VBD, scale, 0, operand_dtype, collectives.group)
+        if not isinstance(b, Columns) and _rather_columns(parts, own_VBD):
+            parts, own_VBD = [own_VBD], parts[0] if len(parts) == 1 else torch.cat(parts)
+        dtype = parts[0].dtype if operand_dtype is None else operand_dtype
+        columns = b if isinstance(b, Columns) else Columns(own_VBD, collectives, dtype)
+        ready.append((parts, own_VBD, columns, scale, dtype))
+    for parts, _, columns, scale, dtype in ready:
+        found.append(term_statistics(parts, columns.wait().to(dtype), scale, columns.offset, dtype, backend))
+    col_lses, loss_sums = merge([term.col_lse for term in found], [term.loss_sum for term in found], collectives)
+    returning = [
+        _returning(own_VBD, collectives, dtype) if own_VBD.requires_grad else (own_VBD, None)
+        for _, own_VBD, _, _, dtype in ready
+    ]
+    losses = []
+    for i, (parts, _, _, scale, dtype) in enumerate(ready):
+        own_VBD, scattered = returning[i]
+        term = found[i]._replace(col_lse=col_lses[i], loss_sum=loss_sums[i], scattered=scattered)
+        losses.append(InfoNCE.apply(own_VBD, scale, term.offset, term, dtype, backend, *parts))
+    return losses
+
+
+def _returning(own_VBD: Tensor, collectives: Collectives, dtype: torch.dtype) -> tuple[Tensor, Scattered]:
+    scattered = Scattered(collectives)
+    return ReturningColumns.apply(own_VBD, compute_dtype(dtype), scattered), scattered
 
 
 def _rather_columns(parts: list[Tensor], b_VBD: Tensor) -> bool:
@@ -106,133 +153,13 @@ def _rather_columns(parts: list[Tensor], b_VBD: Tensor) -> bool:
     return sum(part.shape[0] for part in parts) < b_VBD.shape[0]
 
 
-@torch.library.custom_op("cosmos_fast::infonce_log_sum_exps", mutates_args=())
-def _log_sum_exps(
-    rows: Tensor, columns: Tensor, scale: Tensor, offset: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(rows.device.type, enabled=False):
-        return stages_for(OP, backend, rows, columns).log_sum_exps(rows, columns, scale, offset)
-
-
-@_log_sum_exps.register_fake
-def _(rows: Tensor, columns: Tensor, scale: Tensor, offset: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    (row_views, batch, _), (column_views, total, _) = rows.shape, columns.shape
-    dtype = compute_dtype(rows.dtype)
-    row_lse = rows.new_empty((row_views, batch, column_views), dtype=dtype)
-    return row_lse, rows.new_empty((row_views, column_views, total), dtype=dtype), rows.new_empty((), dtype=dtype)
-
-
-@torch.library.custom_op("cosmos_fast::infonce_feature_gradients", mutates_args=())
-def _feature_gradients(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    offset: int,
-    want_columns: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    run = stages_for(OP, backend, rows, columns).feature_gradients
-    with torch.autocast(rows.device.type, enabled=False):
-        return run(rows, columns, scale, row_lse, col_lse, offset, want_columns)
-
-
-@_feature_gradients.register_fake
-def _(
-    rows: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    row_lse: Tensor,
-    col_lse: Tensor,
-    offset: int,
-    want_columns: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(rows.dtype)
-    return rows.new_empty(rows.shape, dtype=dtype), columns.new_empty(columns.shape if want_columns else 0, dtype=dtype)
-
-
-class _InfoNCE(torch.autograd.Function):
-    """Columns, scale, then any number of tensors of rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        b_VBD: Tensor,
-        scale: Tensor,
-        offset: int,
-        ranks: Ranks | None,
-        dtype: torch.dtype,
-        backend: str,
-        *parts: Tensor,
-    ) -> Tensor:
-        rows = [part.detach().to(dtype) for part in parts]
-        columns, batch = b_VBD.detach().to(dtype), parts[0].shape[1]
-        if ranks is not None:
-            columns, offset = ranks.gather_columns(columns)
-        scale_value = scale.detach().to(compute_dtype(dtype))
-        found = [_log_sum_exps(part, columns, scale_value, offset, backend) for part in rows]
-        col_lse = torch.cat([cols for _, cols, _ in found])
-        loss_sum = torch.stack([row_lse.sum() / 2 - positives for row_lse, _, positives in found]).sum()
-        own = batch  # columns whose loss counts
-        if ranks is not None:
-            own = columns.shape[1]
-            col_lse, loss_sum = ranks.merge(col_lse, loss_sum)
-        elif columns.shape[1] != batch:
-            # Foreign columns are negatives only: without a loss of their own they have no term in the gradient.
-            col_lse[:, :, :offset] = math.inf
-            col_lse[:, :, offset + batch :] = math.inf
-        loss_sum = loss_sum + (col_lse if own == columns.shape[1] else col_lse[:, :, offset : offset + own]).sum() / 2
-        pairs = col_lse.shape[0] * col_lse.shape[1] * own
-        ctx.save_for_backward(columns, scale_value, col_lse, *(row_lse for row_lse, _, _ in found), *rows)
-        ctx.offset, ctx.pairs, ctx.ranks, ctx.backend = offset, pairs, ranks, backend
-        ctx.dtypes = b_VBD.dtype, scale.dtype, parts[0].dtype
-        return loss_sum / pairs
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        columns, scale, col_lse, *rest = ctx.saved_tensors
-        row_lses, rows = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        want_columns = ctx.needs_input_grad[0]
-        col_lses = col_lse.split([part.shape[0] for part in rows])
-        weight = grad_loss / (2 * ctx.pairs)
-        grad_columns: Tensor | None = None
-        grad_scale = torch.zeros_like(scale)
-        grads: list[Tensor | None] = []
-        for i, part in enumerate(rows):
-            grad, part_columns = _feature_gradients(
-                part, columns, scale, row_lses[i], col_lses[i], ctx.offset, want_columns, ctx.backend
-            )
-            # d loss / d scale = sum of (d loss / d s) s / scale = <d loss / d x, x> / scale: no pass over the logits.
-            grad_scale = grad_scale + weight * _inner_product(grad, part)
-            grads.append(grad.mul_(weight * scale).to(ctx.dtypes[2]))
-            if want_columns:
-                grad_columns = part_columns if grad_columns is None else grad_columns.add_(part_columns)
-        if grad_columns is not None:
-            grad_columns.mul_(weight * scale)
-            if ctx.ranks is not None:
-                grad_columns = ctx.ranks.scatter_columns(grad_columns)
-            grad_columns = grad_columns.to(ctx.dtypes[0])
-        return grad_columns, grad_scale.to(ctx.dtypes[1]), None, None, None, None, *grads
-
-
-def _inner_product(grad_VBD: Tensor, features_VBD: Tensor) -> Tensor:
-    """Sum of the products of all entries, view by view: the workspace is one view."""
-    return torch.stack([torch.sum(grad * view) for grad, view in zip(grad_VBD, features_VBD, strict=True)]).sum()
-
-
 def _rounded(features_VBD: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that `dtype` holds, in the dtype of the sums, with the gradient of the identity."""
     features_VBD = features_VBD.to(compute_dtype(features_VBD.dtype))
     return features_VBD.detach().to(dtype).to(features_VBD.dtype) + (features_VBD - features_VBD.detach())
 
 
-def _run_eager(
-    parts: list[Tensor], b_VBD: Tensor, scale: Tensor, offset: int, group: dist.ProcessGroup | None
-) -> Tensor:
-    if group is not None:
-        raise ValueError(f"{OP}: the eager backend computes one process's batch; use another with a group")
+def _run_eager(parts: list[Tensor], b_VBD: Tensor, scale: Tensor, offset: int) -> Tensor:
     dtype = compute_dtype(b_VBD.dtype)
     a_VBD, b_VBD, scale = torch.cat(parts).to(dtype), b_VBD.to(dtype), scale.to(dtype)
     with torch.autocast(b_VBD.device.type, enabled=False):

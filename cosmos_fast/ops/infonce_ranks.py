@@ -1,53 +1,93 @@
-"""Collectives of multi-view InfoNCE: one gather of the columns, one merge of the log-sum-exps, one reduce-scatter.
+"""What ranks tell each other in multi-view InfoNCE: columns gathered once, log-sum-exps merged once for all terms, and
+one reduce-scatter of the columns' gradient.
 
-Axes: Va, Vb views, B per-rank batch, G global batch, D embedding.
+Axes: Va, Vb views, B per-rank batch, G global batch, D embedding, W ranks, T terms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from cosmos_fast.utils.phases import PhaseClock, no_clock
+from cosmos_fast.utils.collectives import Collectives, Pending
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that share the global batch.
+class Columns:
+    """Columns [Vb, B, D] of every rank on their way to all; they travel, and arrive, in `dtype`."""
 
-    clock: told of every collective, which lasts until the slowest rank has come to it.
+    def __init__(self, own_VBD: Tensor, collectives: Collectives, dtype: torch.dtype) -> None:
+        self.own_VBD = own_VBD
+        self.offset = collectives.rank * own_VBD.shape[1]
+        self._gathered = collectives.all_gather(own_VBD.detach().to(dtype), "gather of columns")
+
+    def wait(self) -> Tensor:
+        """All ranks' columns [Vb, G, D]; this rank's begin at column `offset`."""
+        return self._gathered.wait().transpose(0, 1).flatten(1, 2).contiguous()
+
+
+class ReturningColumns(torch.autograd.Function):
+    """The identity on this rank's columns, whose gradient waits for the reduce-scatter that brings it.
+
+    It stands apart from the node that starts the reduce-scatter, so that other gradients are computed in between.
     """
 
-    group: dist.ProcessGroup
-    clock: PhaseClock = no_clock
+    @staticmethod
+    def forward(ctx: Any, own_VBD: Tensor, dtype: torch.dtype, scattered: Scattered) -> Tensor:
+        ctx.scattered, ctx.dtype = scattered, own_VBD.dtype
+        return own_VBD.detach().to(dtype, copy=True)
 
-    def gather_columns(self, own_VBD: Tensor) -> tuple[Tensor, int]:
-        """All ranks' columns [Vb, G, D], and the column at which this rank's begin."""
-        world, batch = dist.get_world_size(self.group), own_VBD.shape[1]
-        own_VBD = own_VBD.contiguous()
-        gathered = own_VBD.new_empty(world, *own_VBD.shape)
-        flat = gathered.view(world * own_VBD.shape[0], *own_VBD.shape[1:])
-        with self.clock("communication"):
-            dist.all_gather_into_tensor(flat, own_VBD, group=self.group)
-        return gathered.transpose(0, 1).flatten(1, 2).contiguous(), dist.get_rank(self.group) * batch
+    @staticmethod
+    def backward(ctx: Any, grad_VBD: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.scattered.finish(grad_VBD).to(ctx.dtype), None, None
 
-    def merge(self, col_lse: Tensor, row_part: Tensor) -> tuple[Tensor, Tensor]:
-        """Column log-sum-exps over the rows of all ranks, and the sum of the scalar row_part over ranks."""
-        peak = col_lse.clone()
-        with self.clock("communication"):
-            dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=self.group)
-        sums = torch.cat([(col_lse - peak).exp_().flatten(), row_part.view(1)])  # one collective for both
-        with self.clock("communication"):
-            dist.all_reduce(sums, group=self.group)
-        return sums[:-1].view_as(peak).log().add_(peak), sums[-1]
 
-    def scatter_columns(self, grad_VGD: Tensor) -> Tensor:
-        """This rank's columns of the gradient summed over ranks: [Vb, B, D]."""
-        by_rank = grad_VGD.unflatten(1, (dist.get_world_size(self.group), -1)).transpose(0, 1).contiguous()
-        own = torch.empty_like(by_rank[0])
-        with self.clock("communication"):
-            dist.reduce_scatter_tensor(own, by_rank.flatten(0, 1), group=self.group)
-        return own
+class Scattered:
+    """The way of the columns' gradient back to their ranks."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self._collectives = collectives
+        self._pending: Pending | None = None
+
+    def begin(self, grad_VGD: Tensor) -> Tensor:
+        """Start to sum over ranks; returns this rank's [Vb, B, D], which is there after finish() only."""
+        by_rank = grad_VGD.unflatten(1, (self._collectives.world_size, -1)).transpose(0, 1)
+        self._pending = self._collectives.reduce_scatter(by_rank, "reduce-scatter of gradients")
+        return self._pending.unfinished
+
+    def finish(self, grad_VBD: Tensor) -> Tensor:
+        """The sum, once it is there."""
+        assert self._pending is not None
+        assert grad_VBD.data_ptr() == self._pending.unfinished.data_ptr(), "the columns have another use"
+        return self._pending.wait()
+
+
+def merge(
+    col_lses: Sequence[Tensor], row_parts: Sequence[Tensor], collectives: Collectives
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Column log-sum-exps over the rows of all ranks, and sums over ranks; for all terms together.
+
+    An all-reduce whose sum is a log-sum-exp, in its two halves: each rank merges its own columns, then tells all. In
+    the logarithm nothing overflows, however large the logits, and every rank gets the same bits.
+
+    Args:
+        col_lses: [Va, Vb, G] of each term, over this rank's rows.
+        row_parts: 0-dim, one a term, same dtype.
+
+    Returns:
+        The same shapes.
+    """
+    world, shapes = collectives.world_size, [lse.shape for lse in col_lses]
+    by_rank = [lse.unflatten(2, (world, -1)).movedim(2, 0).flatten(1) for lse in col_lses]
+    sizes = [part.shape[1] for part in by_rank]
+    sums = torch.stack(list(row_parts)).expand(world, -1)
+    told = collectives.exchange(torch.cat([*by_rank, sums], dim=1), "exchange of log-sum-exps")
+    lses, sums = told.split([sum(sizes), len(row_parts)], dim=1)
+    merged = collectives.all_gather(lses.logsumexp(dim=0), "gather of log-sum-exps").wait()
+    whole = [
+        part.unflatten(1, (*shape[:2], -1)).movedim(0, 2).flatten(2)
+        for part, shape in zip(merged.split(sizes, dim=1), shapes, strict=True)
+    ]
+    return whole, list(sums.sum(dim=0))

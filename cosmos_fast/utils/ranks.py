@@ -137,6 +137,10 @@ class Ranks:
         return bytes(own.tolist()).decode()
 
 
+ONE = Ranks()
+"""A run of this process alone."""
+
+
 def place_of_environment(environ: Mapping[str, str] | None = None) -> Ranks:
     """Where the launcher has put this process; nothing is started. Without a launcher: a run of one process.
 

@@ -1,4 +1,4 @@
-"""Steps over real ranks: the samples of all ranks and micro-batches are one batch, and the update is that of one process."""
+"""Steps over real ranks: the samples of all ranks and micro-batches are one batch, the update that of one process."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""The loss over real ranks: one gather, and together exactly the gradient of one process with the whole batch."""
+"""The operation over real ranks: one gather, and together exactly the gradient of one process with the whole batch."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from cosmos_fast.ops import multiview_infonce
+from cosmos_fast.utils.ranks import joined_ranks
 from cosmos_kernels import reference
+from tests.ranks import run_ranks
 
-BATCH, DIM, SCALE = 6, 8, 14.3
+WORLD, BATCH, DIM, SCALE = 3, 6, 8, 14.3
+VIEWS = [(2, 5), (5, 2), (1, 1)]
 
 
 def _features(views: int, seed: int) -> torch.Tensor:
@@ -22,26 +23,35 @@ def _features(views: int, seed: int) -> torch.Tensor:
     return F.normalize(torch.randn(views, BATCH, DIM, generator=generator, dtype=torch.float64), dim=-1)
 
 
-def _run_rank(rank: int, world: int, folder: str, views: tuple[int, int]) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    share = BATCH // world
-    own = slice(rank * share, (rank + 1) * share)
-    a, b = (_features(count, seed)[:, own].clone().requires_grad_() for seed, count in enumerate(views))
-    scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
-    loss = multiview_infonce(a, b, scale, group=dist.group.WORLD)
-    loss.backward()
-    torch.save({"loss": loss.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _run_rank(folder: str) -> None:
+    with joined_ranks("cpu", timeout_s=300.0) as ranks:
+        share = BATCH // WORLD
+        own = slice(ranks.rank * share, (ranks.rank + 1) * share)
+        found = []
+        for views in VIEWS:
+            a, b = (_features(count, seed)[:, own].clone().requires_grad_() for seed, count in enumerate(views))
+            scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
+            loss = multiview_infonce(a, b, scale, group=ranks.group)
+            loss.backward()
+            found.append({"loss": loss.detach(), "a": a.grad, "b": b.grad, "scale": scale.grad})
+        with pytest.raises(ValueError, match="the eager backend computes one process's batch"):
+            multiview_infonce(a, b, scale, group=ranks.group, backend="eager")
+        torch.save(found, f"{folder}/{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Of every rank, what it computed for each pair of VIEWS."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    run_ranks(_run_rank, WORLD, str(folder))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "views"), [(2, (2, 5)), (2, (5, 2)), (3, (1, 1))])
-def test_ranks_add_up_to_the_whole_batch(tmp_path: Path, world: int, views: tuple[int, int]) -> None:
-    mp.spawn(_run_rank, (world, str(tmp_path), views), nprocs=world)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    a, b = (_features(count, seed).requires_grad_() for seed, count in enumerate(views))
+@pytest.mark.parametrize("case", range(len(VIEWS)), ids=str)
+def test_ranks_add_up_to_the_whole_batch(case: int, found: list[list[dict[str, Any]]]) -> None:
+    ranks = [rank[case] for rank in found]
+    a, b = (_features(count, seed).requires_grad_() for seed, count in enumerate(VIEWS[case]))
     scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
     loss = reference.multiview_infonce(a, b, scale)
     loss.backward()

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos_fast.ops import infonce_tiled, multiview_infonce
-from cosmos_fast.ops.infonce import TRITON_MAX_DIM, _feature_gradients, _log_sum_exps
+from cosmos_fast.ops.infonce import TRITON_MAX_DIM
+from cosmos_fast.ops.infonce_autograd import feature_gradients, log_sum_exps
 from cosmos_kernels import infonce_backward_triton, infonce_triton, reference
 from cosmos_kernels.infonce_chunks import pairs, rectangles, workspace_elements
 from tests.kernels.truth import Outcome, assert_no_worse, outcome
@@ -184,10 +185,10 @@ def test_columns_without_a_term_have_no_gradient(device: str) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT16])
 def test_stages_are_well_formed_operations(dtype: torch.dtype, device: str) -> None:
     a, b, scale = features(2, 7, 16, device).to(dtype), features(1, 7, 16, device).to(dtype), scalar(9.0, device)
-    row_lse, col_lse, _ = _log_sum_exps(a, b, scale, 0, "triton")
-    torch.library.opcheck(_log_sum_exps, (a, b, scale, 0, "triton"))
+    row_lse, col_lse, _ = log_sum_exps(a, b, scale, 0, "triton")
+    torch.library.opcheck(log_sum_exps, (a, b, scale, 0, "triton"))
     for want_columns in (False, True):
-        torch.library.opcheck(_feature_gradients, (a, b, scale, row_lse, col_lse, 0, want_columns, "triton"))
+        torch.library.opcheck(feature_gradients, (a, b, scale, row_lse, col_lse, 0, want_columns, "triton"))
 
 
 def test_compiles_whole(device: str) -> None:

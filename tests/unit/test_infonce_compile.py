@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cosmos_fast.ops import multiview_infonce
-from cosmos_fast.ops.infonce import _feature_gradients, _log_sum_exps
+from cosmos_fast.ops.infonce_autograd import feature_gradients, log_sum_exps
 
 SCALE = torch.tensor(14.0)
 
@@ -21,11 +21,11 @@ def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_stages_are_well_formed_operations(dtype: torch.dtype) -> None:
     a, b, scale = (tensor.detach().to(dtype) for tensor in _inputs())
-    row_lse, col_lse, _ = _log_sum_exps(a, b, scale.float(), 0, "tiled")
-    torch.library.opcheck(_log_sum_exps, (a, b, scale.float(), 0, "tiled"))
+    row_lse, col_lse, _ = log_sum_exps(a, b, scale.float(), 0, "tiled")
+    torch.library.opcheck(log_sum_exps, (a, b, scale.float(), 0, "tiled"))
     for want_columns in (False, True):
         arguments = (a, b, scale.float(), row_lse, col_lse, 0, want_columns, "tiled")
-        torch.library.opcheck(_feature_gradients, arguments)
+        torch.library.opcheck(feature_gradients, arguments)
 
 
 @pytest.mark.slow
