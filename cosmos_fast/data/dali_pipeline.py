@@ -2,7 +2,7 @@
 
 Files and boxes come from the host, so the pipeline draws no numbers and has no state: what comes out depends on what is
 fed alone. On a GPU the JPEG engine and the resizing kernels work. Without one DALI decodes only: its operators need
-several times the processor time of torch's 8-bit kernel, by which threads of this process cut then, as the PIL loader.
+several times the processor time of torch's 8-bit kernel, which cuts then, as in the PIL loader.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import functools
 import importlib
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,9 +50,8 @@ class DaliPipeline:
     """Batches of images in, batches of crops out, in order. R images, V views.
 
     crops: size of each view, in view order. device: of the crops. depth: batches that are worked on at once; the first
-    crops come after so many submits. batch_size: the largest there will be. threads: of DALI on the CPU, and as many
-    that cut where DALI does not. dali_cuts: whether DALI cuts too; None: on a GPU. Raises DaliError where it cannot be
-    built.
+    crops come after so many submits. batch_size: the largest there will be. threads: of DALI on the CPU. dali_cuts:
+    whether DALI cuts, else collect() does; None: on a GPU. Raises DaliError where it cannot be built.
     """
 
     def __init__(
@@ -72,16 +70,15 @@ class DaliPipeline:
         self._started = False
         self._sizes = [crop.size for crop in crops]
         self._boxes: deque[np.ndarray] = deque()  # of batches that are cut here
-        dali_cuts = device.type == "cuda" if dali_cuts is None else dali_cuts
+        self._dali_cuts = device.type == "cuda" if dali_cuts is None else dali_cuts
         with _in_one_line():
-            self._pipeline = _build(self._sizes if dali_cuts else None, batch_size, device, threads, depth)
-        self._cutters = None if dali_cuts else ThreadPoolExecutor(threads, "cut")
+            self._pipeline = _build(self._sizes if self._dali_cuts else None, batch_size, device, threads, depth)
 
     def submit(self, images: EncodedImages) -> None:
         """Feed one batch; its bytes are copied."""
         with _in_one_line():
             self._pipeline.feed_input(_FILES, [images.file(i) for i in range(len(images.rows))])
-            if self._cutters is None:
+            if self._dali_cuts:
                 self._pipeline.feed_input(_BOXES, images.boxes)
             else:
                 self._boxes.append(images.boxes)
@@ -96,31 +93,25 @@ class DaliPipeline:
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         with _in_one_line():
             outputs = self._pipeline.outputs(stream)
-            if self._cutters is None:
+            if self._dali_cuts:
                 return [torch.from_dlpack(output.as_tensor()) for output in outputs]
             images = [torch.from_dlpack(outputs[0][i]).permute(2, 0, 1) for i in range(len(outputs[0]))]
         return self._cut(images, self._boxes.popleft().astype(np.int64).tolist())
 
     def _cut(self, images: list[torch.Tensor], boxes: list[list[list[int]]]) -> list[torch.Tensor]:
         """uint8 [3, H, W] each, DALI's until the next batch -> uint8 [R, 3, S, S] a view."""
-        assert self._cutters is not None
         crops = [torch.empty(len(images), 3, size, size, dtype=torch.uint8) for size in self._sizes]
-
-        def cut_one(i: int) -> None:
-            for view, (top, left, bottom, right) in zip(crops, boxes[i], strict=True):
-                height, width = images[i].shape[1:]
+        for i, (pixels, of_image) in enumerate(zip(images, boxes, strict=True)):
+            height, width = pixels.shape[1:]
+            for view, (top, left, bottom, right) in zip(crops, of_image, strict=True):
                 if bottom > height or right > width:
                     raise DaliError(f"an image of {width} x {height} pixels, its boxes are of a larger one")
-                view[i] = cut_box(images[i], (left, top, right, bottom), view.shape[-1])
-
-        list(self._cutters.map(cut_one, range(len(images))))
+                view[i] = cut_box(pixels, (left, top, right, bottom), view.shape[-1])
         return crops
 
     def close(self) -> None:
         """Stop its threads and free its memory."""
         self._pipeline = None
-        if self._cutters is not None:
-            self._cutters.shutdown()
 
 
 @contextmanager
