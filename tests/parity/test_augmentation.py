@@ -1,4 +1,4 @@
-"""Both loaders' pixels against PIL's, operation by operation: as docs/augmentation.md says, no worse and no better."""
+"""The loaders' pixels against PIL's, operation by operation: as docs/augmentation.md says, no worse and no better."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def test_errors_are_those_of_the_table(measured: list[Case]) -> None:
     """Other releases of PIL, torch and DALI round a little differently."""
     wrong = []
     for case in measured:
-        for found, shown in zip((case.pil, case.dali), documented()[case.operation], strict=True):
+        for found, shown in zip((case.cpu, case.gpu), documented()[case.operation], strict=True):
             if found is not None and not 0.8 * shown.mean - 0.02 <= found.mean <= 1.25 * shown.mean + 0.02:
                 wrong.append((line(case), shown))
     assert not wrong
 
 
 def test_nothing_but_roundings_differs(measured: list[Case]) -> None:
-    """A quarter of a level on average, whatever the operation; the PIL loader's crops are PIL's but for a level."""
+    """A quarter of a level on average, whatever the operation; crops cut on a CPU are PIL's but for a level."""
     for case in measured:
-        for error in (case.pil, case.dali):
+        for error in (case.cpu, case.gpu):
             if error is not None:
                 assert error.mean < 0.4, case
                 assert error.most <= 10, case
         if "cut" in case.operation:
-            assert case.pil.most <= 1, case
+            assert case.cpu.most <= 1, case
