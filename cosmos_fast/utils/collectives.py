@@ -16,6 +16,10 @@ from torch import Tensor
 
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 
+# torch 2.13 has renamed them, and warns of the old names.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+REDUCE_SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 @dataclass
 class Traffic:
@@ -94,7 +98,7 @@ class Collectives:
         self._count(name, result)
         with self.clock("communication"):
             # As bytes: gloo does not gather every dtype.
-            work = dist.all_gather_into_tensor(_bytes(result), _bytes(source), group=self.group, async_op=True)
+            work = getattr(dist, ALL_GATHER)(_bytes(result), _bytes(source), group=self.group, async_op=True)
         return Pending(work, result, source, self.clock)
 
     def exchange(self, by_rank: Tensor, name: str = "all_to_all") -> Tensor:
@@ -112,7 +116,7 @@ class Collectives:
         result = torch.zeros_like(source[0])  # whoever looks before the end finds no NaN
         self._count(name, source)
         with self.clock("communication"):
-            work = dist.reduce_scatter_tensor(result, source.flatten(0, 1), group=self.group, async_op=True)
+            work = getattr(dist, REDUCE_SCATTER)(result, source.flatten(0, 1), group=self.group, async_op=True)
         return Pending(work, result, source, self.clock)
 
     def _count(self, name: str, whole: Tensor) -> None:
