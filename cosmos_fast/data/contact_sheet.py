@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from cosmos_fast.config import TrainConfig
-from cosmos_fast.data.faults import SampleFault
+from cosmos_fast.data.faults import SampleFault, stop_where_out_of_reach
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import Index
 from cosmos_fast.data.inspect import read_sample
@@ -93,8 +93,9 @@ def _usable_cards(stream: SampleStream, config: TrainConfig, wanted: int) -> lis
             break
         try:
             cards.append(make_card(stream, position, config))
-        except SampleFault:
-            continue
+        except SampleFault as fault:
+            index = stream.indexes[0]
+            stop_where_out_of_reach(fault, index.name(stream.order.locate(position).sample))
     return cards
 
 

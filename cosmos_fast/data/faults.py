@@ -67,6 +67,12 @@ class SampleFault(Exception):
         self.detail = detail
 
 
+def stop_where_out_of_reach(fault: SampleFault, where: str) -> None:
+    """UserError for a remote shard out of reach: no fault of the sample, and results without it would be others."""
+    if fault.cause == UNREACHABLE_SHARD:
+        raise UserError(f"{where}: {fault.cause} ({fault.detail}); run the same command again once it can be read")
+
+
 class FaultAccount:
     """Counts faults by cause, names each (cause, sample) once in the log, and stops the run past a share.
 

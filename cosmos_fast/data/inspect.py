@@ -13,7 +13,7 @@ from PIL import Image
 from cosmos_fast.config import SourceConfig, TrainConfig
 from cosmos_fast.data import faults, rng
 from cosmos_fast.data.captions import draw_captions
-from cosmos_fast.data.faults import Fault, SampleFault
+from cosmos_fast.data.faults import Fault, SampleFault, stop_where_out_of_reach
 from cosmos_fast.data.histogram import Histogram, histogram
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import RECORD_EXTENSION, Index, image_extension, is_used_in_training, open_source
@@ -83,7 +83,7 @@ def open_sources(path: str, storage: Storage | None = None) -> list[Index]:
     storage: how remote shards are read; of these, members are fetched one by one.
     """
     paths = [path]
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
         folders = sorted({shard.parent for shard in folder.glob("*/*.tar")}, key=lambda f: (f.name != "train", f.name))
         paths = [str(each) for each in folders] or paths
@@ -102,7 +102,10 @@ def spread(count: int, limit: int) -> list[int]:
 def survey(
     index: Index, config: TrainConfig, limit: int, progress: Callable[[int], None] = lambda samples: None
 ) -> Survey:
-    """Read and decode up to `limit` samples, evenly spread over the source; caps and captions are those of `config`."""
+    """Read and decode up to `limit` samples, evenly spread over the source; caps and captions are those of `config`.
+
+    UserError: a remote shard is out of reach.
+    """
     found = Survey(
         name=shown(index.source.path),
         shards=len(index.shards),
@@ -117,6 +120,7 @@ def survey(
         try:
             _examine(found, index, i, config)
         except SampleFault as fault:
+            stop_where_out_of_reach(fault, index.name(i))
             found.faults.append(Fault(fault.cause, index.name(i), fault.detail))
         progress(1)
     return found

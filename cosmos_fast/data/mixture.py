@@ -14,7 +14,7 @@ _READ_AHEAD_SHARE = 1.5  # half of the pieces that are open have a successor wai
 
 def open_mixture(config: DataConfig, seed: int) -> tuple[list[Index], SampleOrder]:
     """(indexes, one a source; their order). UserError: see open_source() and sample_order()."""
-    storage = Storage(config.remote, allow_pipe=config.allow_pipe)
+    storage = Storage.of(config)
     indexes = [open_source(source, storage=storage) for source in config.train]
     return indexes, sample_order(config, indexes, seed)
 

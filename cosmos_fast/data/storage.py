@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cosmos_fast.config.data import DataConfig
 from cosmos_fast.config.remote import RemoteConfig
 from cosmos_fast.data.disk_cache import CacheFullError, DiskCache, Part
 from cosmos_fast.data.http_transport import HttpTransport
@@ -105,6 +106,11 @@ class Storage:
         self._is_down = False  # the last read has failed after all its tries: the next one gets a single try
         self._warned: set[str] = set()
         self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Storage:
+        """As the settings of a run have it."""
+        return cls(data.remote, allow_pipe=data.allow_pipe)
 
     def __reduce__(self) -> tuple[Callable[..., Storage], tuple[RemoteConfig, bool]]:
         return _storage, (self.config, self.allow_pipe)

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,13 @@ from cosmos_fast.data.faults import (
     Fault,
     FaultAccount,
     SampleFault,
+    stop_where_out_of_reach,
 )
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import Index, image_extension, open_source
 from cosmos_fast.data.records import Record, parse_record
+from cosmos_fast.data.storage import Storage
+from cosmos_fast.data.transport import shown
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
 from cosmos_fast.utils.errors import UserError
 
@@ -73,19 +77,27 @@ class Meta:
 
 
 class SceneSet:
-    """Usable samples of some shards, in shard order; broken ones are counted in `faults`, never evaluated."""
+    """Usable samples of some shards, in shard order; broken ones are counted in `faults`, never evaluated.
 
-    def __init__(self, sources: tuple[SourceConfig, ...], max_samples: int | None = None) -> None:
+    storage: how remote shards are read.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[SourceConfig, ...],
+        max_samples: int | None = None,
+        storage: Storage | None = None,
+    ) -> None:
         self.sources = sources
-        self.indexes = [open_source(source) for source in sources]
+        self.indexes = [open_source(source, storage=storage) for source in sources]
         self._places = [(index, i) for index in self.indexes for i in range(len(index))][:max_samples]
         self.faults = FaultAccount(max_bad_share=1.0)
         self._cache: list[Scene] | None = None
 
     def first(self, count: int) -> SceneSet:
         """The first `count` samples as a set of their own."""
-        part = SceneSet(self.sources)
-        part._places = self._places[:count]
+        part = copy(self)
+        part._places, part._cache = self._places[:count], None
         return part
 
     def __len__(self) -> int:
@@ -93,7 +105,7 @@ class SceneSet:
         return len(self._places)
 
     def __iter__(self) -> Iterator[Scene]:
-        """Every usable scene. Decoded once if they fit the cache. UserError if none is usable."""
+        """Every usable scene. Decoded once if they fit the cache. UserError: none is usable, a remote shard is away."""
         if self._cache is not None:
             yield from self._cache
             return
@@ -104,6 +116,7 @@ class SceneSet:
             try:
                 scene = read_scene(index, i)
             except SampleFault as fault:
+                stop_where_out_of_reach(fault, index.name(i))
                 self.faults.note([Fault(fault.cause, index.name(i), fault.detail)])
                 continue
             usable += 1
@@ -119,7 +132,7 @@ class SceneSet:
 
     @property
     def name(self) -> str:
-        return ", ".join(repr(source.path) for source in self.sources)
+        return ", ".join(repr(shown(source.path)) for source in self.sources)
 
     def meta(self) -> Meta | None:
         """The data set's vocabulary; None where no source has a meta.json."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cosmos_fast.config.train import TrainConfig
 from cosmos_fast.data.images import eval_crop, normalize
+from cosmos_fast.data.storage import Storage
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.chance import retrieval_chance
 from cosmos_fast.evaluate.encoder import Encoder
@@ -23,11 +24,12 @@ KEPT = ("r1", "r5", "r10", "median_rank")
 def build_validators(config: TrainConfig) -> list[Validator]:
     """Validators for a run: held-out retrieval if evaluate.data names shards, else none.
 
-    The shards are read here, so that a missing or empty one stops the run before its first step. UserError.
+    The shards are read here, remote ones as `data.remote` says, so that a missing or empty one stops the run before its
+    first step. UserError.
     """
     if not config.evaluate.data:
         return []
-    scenes = SceneSet(config.evaluate.data, config.evaluate.max_samples)
+    scenes = SceneSet(config.evaluate.data, config.evaluate.max_samples, Storage.of(config.data))
     return [RetrievalValidator(config, scenes)]
 
 

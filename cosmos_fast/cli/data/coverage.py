@@ -48,13 +48,14 @@ def command(
     config = resolve_settings(recipe, config_file, (*overrides, *given), paths)
     run = config.run
     split = Split(ranks or run.world_size_hint or 1, config.data.workers, run.batch_size, run.accumulate_steps)
-    storage = Storage(config.data.remote, allow_pipe=config.data.allow_pipe)
+    storage = Storage.of(config.data)
     indexes = [open_with_progress(source, storage=storage) for source in config.data.train]
     order = sample_order(config.data, indexes, config.seed)
     epoch = config.data.samples_per_epoch or order.samples_per_epoch
     click.echo(coverage.describe(indexes, order, epoch, total_steps(config, epoch, split.ranks), split))
     if walk:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task("walking an epoch", total=epoch)
             found = coverage.walk(order, epoch, split, progress=lambda positions: bar.advance(task, positions))
         click.echo(coverage.describe_walk(found, order, epoch))

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from cosmos_fast.cli.data.settings import resolve_settings, takes_settings
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data.index import Index, open_source
 from cosmos_fast.data.index_summary import summarize
@@ -17,28 +18,38 @@ _FAULTS_SHOWN = 10
 
 
 @click.command("index")
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, metavar="[PATH]...")
+@takes_settings
 @click.option("--rebuild", is_flag=True, help="Scan the shards again even if a fitting index is cached.")
 @click.option("--allow-pipe", is_flag=True, help="Run the shell commands of pipe: sources.")
-def command(paths: tuple[str, ...], rebuild: bool, allow_pipe: bool) -> None:
+def command(
+    paths: tuple[str, ...],
+    recipe: str | None,
+    config_file: str | None,
+    overrides: tuple[str, ...],
+    rebuild: bool,
+    allow_pipe: bool,
+) -> None:
     """Index webdataset tar shards: build (or find) the cache and show samples, members and faults.
 
-    PATH is a directory of .tar shards, a glob, a brace pattern such as 'cc3m/{00000..00575}.tar', one file, or a URL
-    (http, https, s3, and what fsspec reads), of which the headers of the shards are read. The
-    index is cached beside the shards, or in $COSMOS_CACHE_DIR (default ~/.cache/cosmos-fast) where that is read-only,
-    and built again when a shard's size or time changes. Training finds it by itself.
+    PATH, in place of data.train, is a directory of .tar shards, a glob, a brace pattern such as
+    'cc3m/{00000..00575}.tar', one file, or a URL (http, https, s3, and what fsspec reads), of which the headers of the
+    shards are read. The index is cached beside the shards, or in $COSMOS_CACHE_DIR (default ~/.cache/cosmos-fast) where
+    that is read-only, and built again when a shard's size or time changes. Training finds it by itself.
     """
+    data = resolve_settings(recipe, config_file, overrides, paths).data
+    storage = Storage(data.remote, allow_pipe=data.allow_pipe or allow_pipe)
     console = Console()
-    for path in paths:
-        source = SourceConfig(path=path)
-        show(open_with_progress(source, rebuild=rebuild, storage=Storage(allow_pipe=allow_pipe)), console)
+    for source in data.train:
+        show(open_with_progress(source, rebuild=rebuild, storage=storage), console)
 
 
 def open_with_progress(
     source: SourceConfig, *, rebuild: bool = False, whole: bool = False, storage: Storage | None = None
 ) -> Index:
     """open_source() behind a progress bar on stderr."""
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"indexing {shown(source.path)}", total=None)
 
         def advance(done: int, total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.progress import Progress
 
 from cosmos_fast.cli.data.settings import resolve_settings, takes_settings
 from cosmos_fast.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from cosmos_fast.data.index import Index
 
 
 @click.command(name="inspect")
@@ -40,14 +44,15 @@ def command(
     """
     from cosmos_fast.data import contact_sheet, inspect, inspect_page  # imports torch, which --help need not wait for
     from cosmos_fast.data.storage import Storage
+    from cosmos_fast.data.transport import shown
     from cosmos_fast.utils.files import write_atomic
 
-    sheet = out or default_sheet(path)
-    if sheet.suffix.lower() != ".png":
-        raise UserError(f"--out {sheet}: it names the contact sheet, a PNG; the page goes beside it")
+    if out is not None and out.suffix.lower() != ".png":
+        raise UserError(f"--out {out}: it names the contact sheet, a PNG; the page goes beside it")
     config = resolve_settings(recipe, config_file, overrides, (path,))
-    storage = Storage(config.data.remote, allow_pipe=config.data.allow_pipe)
+    storage = Storage.of(config.data)
     indexes = inspect.open_sources(path, storage)
+    sheet = out or default_sheet(path, indexes)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=sum(min(limit, len(index)) for index in indexes))
@@ -56,7 +61,7 @@ def command(
         click.echo(inspect.describe(found))
     cards = contact_sheet.pick_cards(indexes, config, samples)
     if not cards:
-        raise UserError(f"{path}: no usable sample for the contact sheet, see the causes above")
+        raise UserError(f"{shown(path)}: no usable sample for the contact sheet, see the causes above")
     try:
         sheet.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(sheet, contact_sheet.to_png(cards))
@@ -66,8 +71,8 @@ def command(
     click.echo(f"contact sheet of {len(cards)} samples: {sheet}, page: {sheet.with_suffix('.html')}")
 
 
-def default_sheet(path: str) -> Path:
-    """Beside the shards; in the working directory where they are not files of this machine."""
-    if "://" in path:
-        return Path("inspect.png")
-    return (Path(path) if Path(path).is_dir() else Path(path).parent) / "inspect.png"
+def default_sheet(path: str, indexes: list[Index]) -> Path:
+    """In the directory that `path` is, else beside the first shard; in the working directory for remote ones."""
+    directory, first = Path(path).expanduser(), indexes[0].shards[0]
+    beside = first.parent if isinstance(first, Path) else Path()
+    return (directory if directory.is_dir() else beside) / "inspect.png"

@@ -47,7 +47,7 @@ def command(
     cosmos-fast data verify cc3m --set data.max_bad_share=0
     """
     data = resolve_settings(recipe, config_file, overrides, paths).data
-    storage = Storage(data.remote, allow_pipe=data.allow_pipe)
+    storage = Storage.of(data)
     console = Console()
     complaints = []
     for source in data.train:
