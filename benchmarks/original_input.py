@@ -24,8 +24,9 @@ from cosmos_fast.data import rng
 from cosmos_fast.data.augment import ViewNumbers, draw_views
 from cosmos_fast.data.captions import draw_captions
 from cosmos_fast.data.images import MEAN, STD
-from cosmos_fast.data.index import RECORD_EXTENSION, image_extension, is_used_in_training, open_source
-from cosmos_fast.data.order import Place, SampleOrder
+from cosmos_fast.data.index import RECORD_EXTENSION, image_extension, is_used_in_training
+from cosmos_fast.data.mixture import open_mixture
+from cosmos_fast.data.order import Place
 from cosmos_fast.data.records import parse_record
 
 ENHANCE = {"brightness": ImageEnhance.Brightness, "contrast": ImageEnhance.Contrast, "saturation": ImageEnhance.Color}
@@ -88,8 +89,7 @@ class OriginalInput(Dataset[tuple[list[Tensor], list[Tensor], str]]):
 
     def __init__(self, config: DataConfig, *, image_size: int, context_length: int, seed: int) -> None:
         self.config = config
-        self.indexes = [open_source(source) for source in config.train]
-        self.order = SampleOrder([len(index) for index in self.indexes], [s.weight for s in config.train], seed)
+        self.indexes, self.order = open_mixture(config, seed)
         self.crops = config.views.crops(image_size)
         self.context_length = context_length
         self.tokenizer = PlainTokenizer()
