@@ -6,6 +6,7 @@ machine code. The CUDA kernels of csrc/ are read from the built library. No GPU 
 
     python -m cosmos_kernels.compile_ahead               # one JSON row a kernel and architecture
     python -m cosmos_kernels.compile_ahead --only pool
+    python -m cosmos_kernels.compile_ahead --known docs/kernel_resources.json   # compiles what is new to the table
 
 `docs/kernel_resources.md` shows the rows; `tests/kernels/resources.py` keeps it and says what may not get worse.
 """
@@ -20,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -100,9 +102,30 @@ def compile_case(module: str, case: AheadCase, arch: int) -> Resources:
     return _resources(code, module=module, case=case.name, arch=arch, shared_bytes=shared_bytes)
 
 
+def inputs_of(module: str, case: AheadCase, arch: int) -> str:
+    """Hash of all that the compiler is given, itself included: the same inputs make the same machine code.
+
+    The kernel's source with all that it calls, as Triton hashes it for its cache; raises as the compiler would.
+    """
+    import triton
+
+    arguments = sorted(map(str, (*case.signature.items(), *case.constexprs.items())))
+    given = (triton.__version__, module, case.name, arch, arguments, _options(case), _source(case).hash())
+    return sha256(repr(given).encode()).hexdigest()[:16]
+
+
 def _compile(case: AheadCase, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
+
+    return triton.compile(_source(case), target=GPUTarget("cuda", arch, 32), options=_options(case))
+
+
+def _options(case: AheadCase) -> dict[str, Any]:
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+
+
+def _source(case: AheadCase) -> Any:
     from triton.compiler import ASTSource
 
     kernel = case.kernel
@@ -112,14 +135,12 @@ def _compile(case: AheadCase, arch: int) -> Any:
     wrong = set(names) ^ (case.signature.keys() | case.constexprs.keys())
     assert not wrong, f"arguments that only the kernel or only the case has: {sorted(wrong)}"
     divisible = [name for name, kind in case.signature.items() if kind.startswith("*") or name in case.divisible_by_16]
-    source = ASTSource(
+    return ASTSource(
         fn=kernel,
         signature={name: "constexpr" if name in case.constexprs else case.signature[name] for name in names},
         constexprs={(names.index(name),): value for name, value in case.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def library_resources(path: Path) -> list[Resources]:
@@ -149,20 +170,27 @@ def main() -> int:
     """Print one JSON row a kernel, with an "error" where it does not compile; exit status 2 under the interpreter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="Triton modules whose name contains this; csrc/ is left out then")
-    only = parser.parse_args().only
+    parser.add_argument("--triton", action="store_true", help="leave csrc/ out")
+    parser.add_argument("--known", type=Path, help="a table of rows: what has the same inputs is not compiled again")
+    only, file = (parsed := parser.parse_args()).only, parsed.known
+    table = json.loads(file.read_text()) if file is not None and file.exists() else {}
+    known = {row["inputs"]: row for rows in table.values() for row in rows if "inputs" in row}
     if triton_support.INTERPRETED:
         print("error: TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it", file=sys.stderr)
         return 2
     for module, case in cases(only):
         for arch in case.archs:
+            inputs = ""
             try:
-                print(json.dumps(asdict(compile_case(module, case, arch))), flush=True)
+                inputs = inputs_of(module, case, arch)
+                row = known.get(inputs) or {**asdict(compile_case(module, case, arch)), "inputs": inputs}
+                print(json.dumps(row), flush=True)
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
                 row = {"module": module, "case": case.name, "arch": arch, "error": str(error).splitlines()[0]}
                 print(json.dumps(row), flush=True)
     library = native.LIBRARY_DIR / native.LIBRARIES["cuda"]
-    if not only and library.exists():
+    if not only and not parsed.triton and library.exists():
         for found in library_resources(library):
             print(json.dumps(asdict(found)), flush=True)
     return 0

@@ -39,9 +39,13 @@ spills that did not, loses its tensor-core instructions, or is missing here.
 """
 
 
-def compile_all(only: str = "") -> list[Row]:
-    """Rows of all kernels; one that does not compile has an "error"."""
-    told = run_without_interpreter(["-m", "cosmos_kernels.compile_ahead", "--only", only])
+def compile_all(only: str = "", *, known: bool = False) -> list[Row]:
+    """Rows of all kernels; one that does not compile has an "error".
+
+    known: take the rows of kernels from the table whose inputs are those that it was made of.
+    """
+    options = [*(["--known", str(TABLE)] if known else []), *(["--triton"] if why_library_is_stale() else [])]
+    told = run_without_interpreter(["-m", "cosmos_kernels.compile_ahead", "--only", only, *options])
     return [json.loads(line) for line in told.splitlines()]
 
 

@@ -23,13 +23,19 @@ ROW = {
 }
 
 
+NEEDS_TRITON = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or find_spec("triton") is None,
+    reason="Triton is not installed, or cannot compile on this system",
+)
+
+
 @pytest.fixture(scope="module")
 def compiled():
-    if not sys.platform.startswith("linux") or find_spec("triton") is None:
-        pytest.skip("Triton is not installed, or cannot compile on this system")
-    return resources.by_compiler(resources.compile_all())
+    """Rows of all kernels; of those that are not what they were when the table was made, compiled anew."""
+    return resources.by_compiler(resources.compile_all(known=True))
 
 
+@NEEDS_TRITON
 @pytest.mark.slow
 def test_no_kernel_is_worse_than_the_table_and_all_are_in_it(compiled):
     """To accept new figures: make kernel-resources."""
@@ -41,12 +47,26 @@ def test_no_kernel_is_worse_than_the_table_and_all_are_in_it(compiled):
         assert {resources.key(row) for row in compiled.get(part, [])} == listed
 
 
+@NEEDS_TRITON
+@pytest.mark.long
+def test_what_the_table_says_is_what_the_compiler_makes(tmp_path, monkeypatch):
+    """Four minutes, where Triton has not compiled them before."""
+    part, table = resources.triton_part(), resources.load()
+    if part not in table:
+        pytest.skip(f"the table has no figures of {part}")
+    found = resources.by_compiler(resources.compile_all())[part]
+    assert resources.complaints(found, table[part]) == []
+    changed = [row for row in found if row.get("inputs") not in {known.get("inputs") for known in table[part]}]
+    assert [row for row in found if row not in table[part] and row not in changed] == []
+
+
 def test_every_version_of_triton_in_the_table_lists_the_same_kernels():
     parts = {name: rows for name, rows in resources.load().items() if name.startswith("triton")}
     listed = {name: sorted(resources.key(row) for row in rows) for name, rows in parts.items()}
     assert len({tuple(keys) for keys in listed.values()}) <= 1, listed
 
 
+@NEEDS_TRITON
 @pytest.mark.slow
 def test_cuda_kernels_are_no_worse_than_the_table(compiled):
     if reason := resources.why_library_is_stale():
@@ -56,6 +76,47 @@ def test_cuda_kernels_are_no_worse_than_the_table(compiled):
     if not parts or parts[0] not in table:
         pytest.skip(f"the table has no figures of {parts or 'a compiler that is not here'}")
     assert resources.complaints(compiled[parts[0]], table[parts[0]]) == []
+
+
+KNOWN = """
+import sys
+from dataclasses import replace
+from tests.kernels.toy_kernels import COMPILE_AHEAD
+from cosmos_kernels import compile_ahead
+from cosmos_kernels.compile_ahead import Resources, inputs_of
+
+case = COMPILE_AHEAD[0]
+others = [replace(case, num_warps=8), replace(case, constexprs={**case.constexprs, "K": 256}), COMPILE_AHEAD[1]]
+others += [replace(case, signature={**case.signature, "n": "i64"}), replace(case, divisible_by_16=("n",))]
+hashes = {inputs_of("toy", one, arch) for one in (case, *others) for arch in (80, 90)}
+assert len(hashes | {inputs_of("toy", case, 80)}) == 12
+
+compiled = []
+def compile_case(module, case, arch):
+    compiled.append(arch)
+    return Resources(module=module, case=case.name, arch=arch, registers=9, stack_bytes=0, local_accesses=0,
+                     shared_bytes=0, mma={})
+
+compile_ahead.compile_case = compile_case
+compile_ahead.cases = lambda only: [("toy", case)]
+table = compile_ahead.Path(sys.argv.pop())
+sys.argv[1:] = ["--only=toy", "--known", str(table)]
+compile_ahead.main()
+rows = [{"inputs": inputs_of("toy", case, 80), "registers": 7}, {"inputs": "of another kernel", "registers": 7}]
+table.write_text(compile_ahead.json.dumps({"triton": rows}))
+compile_ahead.main()
+print(compiled)
+"""
+
+
+@NEEDS_TRITON
+@pytest.mark.slow
+def test_a_kernel_is_compiled_again_where_its_inputs_have_changed(tmp_path):
+    told = resources.run_without_interpreter(["-c", KNOWN, str(tmp_path / "table.json")]).splitlines()
+    *rows, compiled = [json.loads(line) for line in told]
+    assert compiled == [80, 90, 100, 90, 100]
+    assert [row["registers"] for row in rows] == [9, 9, 9, 7, 9, 9]
+    assert rows[1:3] == rows[4:]
 
 
 TOY = """
@@ -71,7 +132,7 @@ for case in COMPILE_AHEAD:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@NEEDS_TRITON
 def test_the_tool_sees_spills_tensor_cores_and_wrong_cases():
     found = [json.loads(line) for line in resources.run_without_interpreter(["-c", TOY]).splitlines()]
     fits_80, fits_90, fits_100, spilling, wrong = found
