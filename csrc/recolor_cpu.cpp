@@ -87,56 +87,48 @@ COSMOS_CLONES void solarize(uint8_t* x, int64_t n, uint8_t from) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < from ? x[i] : static_cast<uint8_t>(255 - x[i]);
 }
 
-/* Hue, saturation and value of a run of pixels, the first two with 8 bits; then back, the hue shifted. The roundings
- * are those of PIL, which goes through single and double precision by turns: each loop has one width of vectors. */
+/* Hue, saturation and value of a run of pixels, the first two with 8 bits; then back, the hue shifted. Roundings are
+ * those of PIL; where PIL goes through double precision and single precision gives the same for all levels there are,
+ * it is single precision here. Each loop has one width of vectors. */
 struct HsvRun {
   int32_t r[kRun], g[kRun], b[kRun];
-  float sextant[kRun], up[kRun], down[kRun], saturation[kRun];
-  int32_t hue[kRun], saturation_level[kRun], value[kRun], low[kRun], middle[kRun];
+  int32_t hue[kRun], sextant[kRun], value[kRun], low[kRun], middle[kRun];
+  float saturation[kRun], within[kRun];
 };
 
-COSMOS_INLINE void parts_of_hue(HsvRun& x) {
+COSMOS_INLINE void to_hsv(HsvRun& x, int32_t shift) {
   for (int64_t i = 0; i < kRun; ++i) {
     const int32_t r = x.r[i], g = x.g[i], b = x.b[i];
-    const int32_t most = std::max(r, std::max(g, b)), chroma = most - std::min(r, std::min(g, b));
-    const bool red = r == most, green = g == most;
-    const float divisor = static_cast<float>(std::max(chroma, 1));
-    x.sextant[i] = red ? 0.0f : green ? 2.0f : 4.0f;
-    x.up[i] = static_cast<float>(most - (red ? b : green ? r : g)) / divisor;
-    x.down[i] = static_cast<float>(most - (red ? g : green ? b : r)) / divisor;
-    x.saturation[i] = static_cast<float>(chroma) / static_cast<float>(std::max(most, 1));
+    const int32_t most = std::max(r, std::max(g, b)), least = std::min(r, std::min(g, b)), chroma = most - least;
+    /* Masks of the brightest channel, one of the three; `?:` instead becomes branches, and no vectors. */
+    const int32_t red = -(r == most), green = -(g == most) & ~red, blue = ~(red | green);
+    const int32_t before = (b & red) | (r & green) | (g & blue), behind = (g & red) | (b & green) | (r & blue);
+    const int32_t sextant = (2 & green) | (4 & blue), sign = before <= behind ? 1 : -1;
+    const float distance = static_cast<float>(2 * most + least - r - g - b) / static_cast<float>(std::max(chroma, 1));
+    const float turn = (static_cast<float>(sextant + sign) - static_cast<float>(sign) * distance) / 6.0f;
+    x.hue[i] = (static_cast<int32_t>((turn < 0.0f ? turn + 1.0f : turn) * 255.0f) + shift) & 255;
+    const float saturation = static_cast<float>(chroma) / static_cast<float>(std::max(most, 1));
+    x.saturation[i] = static_cast<float>(static_cast<int32_t>(saturation * 255.0f)) / 255.0f;
     x.value[i] = most;
   }
 }
 
-COSMOS_INLINE void levels_of_hue(HsvRun& x, int32_t shift) {
-  for (int64_t i = 0; i < kRun; ++i) {
-    const double after = static_cast<double>(x.sextant[i]) + static_cast<double>(x.up[i]);
-    const float sextants = static_cast<float>(after - static_cast<double>(x.down[i]));
-    const double turn = static_cast<double>(sextants) / 6.0 + 1.0;
-    const float hue = static_cast<float>(turn >= 1.0 ? turn - 1.0 : turn);
-    x.hue[i] = (static_cast<int32_t>(static_cast<double>(hue) * 255.0) + shift) & 255;
-    x.saturation_level[i] = static_cast<int32_t>(static_cast<double>(x.saturation[i]) * 255.0);
-  }
-}
-
 /* Of every channel's three possible levels the highest is the value; low, and middle between them. */
-COSMOS_INLINE void levels_of_channels(HsvRun& x) {
+COSMOS_INLINE void to_rgb(HsvRun& x) {
   for (int64_t i = 0; i < kRun; ++i) {
     const int32_t hue = 6 * x.hue[i], sextant = (hue + 1 + (hue >> 8)) >> 8; /* hue / 255 */
-    x.hue[i] = sextant;
-    x.up[i] = static_cast<float>(hue - 255 * sextant) / 255.0f;
-    x.saturation[i] = static_cast<float>(x.saturation_level[i]) / 255.0f;
-    x.down[i] = x.saturation[i] * x.up[i];
+    x.sextant[i] = sextant == 6 ? 0 : sextant;
+    x.within[i] = static_cast<float>(hue - 255 * sextant) / 255.0f;
     x.low[i] = static_cast<int32_t>(static_cast<float>(x.value[i]) * (1.0f - x.saturation[i]) + 0.5f);
   }
   for (int64_t i = 0; i < kRun; ++i) {
-    const double rising = static_cast<double>(x.saturation[i]) * (1.0 - static_cast<double>(x.up[i]));
-    const double share = (x.hue[i] & 1) != 0 ? static_cast<double>(x.down[i]) : rising;
+    const double falling = static_cast<double>(x.saturation[i] * x.within[i]);
+    const double rising = static_cast<double>(x.saturation[i]) * (1.0 - static_cast<double>(x.within[i]));
+    const double share = (x.sextant[i] & 1) != 0 ? falling : rising;
     x.middle[i] = static_cast<int32_t>(static_cast<double>(x.value[i]) * (1.0 - share) + 0.5);
   }
   for (int64_t i = 0; i < kRun; ++i) {
-    const int32_t s = x.hue[i] == 6 ? 0 : x.hue[i], high = x.value[i], low = x.low[i], middle = x.middle[i];
+    const int32_t s = x.sextant[i], high = x.value[i], low = x.low[i], middle = x.middle[i];
     x.r[i] = s == 0 || s == 5 ? high : s == 1 || s == 4 ? middle : low;
     x.g[i] = s == 1 || s == 2 ? high : s == 0 || s == 3 ? middle : low;
     x.b[i] = s == 3 || s == 4 ? high : s == 2 || s == 5 ? middle : low;
@@ -153,9 +145,8 @@ COSMOS_CLONES void shift_hue(uint8_t* __restrict r, uint8_t* __restrict g, uint8
       x.g[i] = g[begin + i];
       x.b[i] = b[begin + i];
     }
-    parts_of_hue(x); /* of whole runs: what lies behind the last pixel is of an older one */
-    levels_of_hue(x, shift);
-    levels_of_channels(x);
+    to_hsv(x, shift); /* whole runs: what lies behind the last pixel is of an older one */
+    to_rgb(x);
     for (int64_t i = 0; i < count; ++i) {
       r[begin + i] = static_cast<uint8_t>(x.r[i]);
       g[begin + i] = static_cast<uint8_t>(x.g[i]);
