@@ -87,13 +87,11 @@ COSMOS_CLONES void solarize(uint8_t* x, int64_t n, uint8_t from) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < from ? x[i] : static_cast<uint8_t>(255 - x[i]);
 }
 
-/* Hue, saturation and value of a run of pixels, the first two with 8 bits; then back, the hue shifted. Roundings are
- * those of PIL; where PIL goes through double precision and single precision gives the same for all levels there are,
- * it is single precision here. Each loop has one width of vectors. */
+/* Hue, saturation and value of a run of pixels, 8 bits each; then back, the hue shifted. PIL goes through double
+ * precision here and there; for all levels there are, single precision and whole numbers give the same. */
 struct HsvRun {
   int32_t r[kRun], g[kRun], b[kRun];
-  int32_t hue[kRun], sextant[kRun], value[kRun], low[kRun], middle[kRun];
-  float saturation[kRun], within[kRun];
+  int32_t hue[kRun], saturation[kRun], value[kRun], low[kRun], middle[kRun];
 };
 
 COSMOS_INLINE void to_hsv(HsvRun& x, int32_t shift) {
@@ -107,28 +105,25 @@ COSMOS_INLINE void to_hsv(HsvRun& x, int32_t shift) {
     const float distance = static_cast<float>(2 * most + least - r - g - b) / static_cast<float>(std::max(chroma, 1));
     const float turn = (static_cast<float>(sextant + sign) - static_cast<float>(sign) * distance) / 6.0f;
     x.hue[i] = (static_cast<int32_t>((turn < 0.0f ? turn + 1.0f : turn) * 255.0f) + shift) & 255;
-    const float saturation = static_cast<float>(chroma) / static_cast<float>(std::max(most, 1));
-    x.saturation[i] = static_cast<float>(static_cast<int32_t>(saturation * 255.0f)) / 255.0f;
+    x.saturation[i] = static_cast<int32_t>(static_cast<float>(chroma) / static_cast<float>(std::max(most, 1)) * 255.0f);
     x.value[i] = most;
   }
 }
 
-/* Of every channel's three possible levels the highest is the value; low, and middle between them. */
+COSMOS_INLINE int32_t over_255(int32_t x) { return (x + 1 + (x >> 8)) >> 8; } /* x / 255, for x up to 65534 */
+
+/* Of three levels each channel gets one: the highest is the value, the lowest is grey's share of it, rounded. */
 COSMOS_INLINE void to_rgb(HsvRun& x) {
   for (int64_t i = 0; i < kRun; ++i) {
-    const int32_t hue = 6 * x.hue[i], sextant = (hue + 1 + (hue >> 8)) >> 8; /* hue / 255 */
-    x.sextant[i] = sextant == 6 ? 0 : sextant;
-    x.within[i] = static_cast<float>(hue - 255 * sextant) / 255.0f;
-    x.low[i] = static_cast<int32_t>(static_cast<float>(x.value[i]) * (1.0f - x.saturation[i]) + 0.5f);
+    const int32_t hue = 6 * x.hue[i], sextant = over_255(hue), within = hue - 255 * sextant;
+    const int32_t away = (sextant & 1) != 0 ? within : 255 - within; /* of the middle level from the highest */
+    const int32_t share = x.value[i] * (255 * 255 - x.saturation[i] * away) + 255 * 255 / 2; /* below 2^24 */
+    x.hue[i] = sextant == 6 ? 0 : sextant;
+    x.low[i] = over_255(x.value[i] * (255 - x.saturation[i]) + 127);
+    x.middle[i] = static_cast<int32_t>(static_cast<float>(share) / (255.0f * 255.0f));
   }
   for (int64_t i = 0; i < kRun; ++i) {
-    const double falling = static_cast<double>(x.saturation[i] * x.within[i]);
-    const double rising = static_cast<double>(x.saturation[i]) * (1.0 - static_cast<double>(x.within[i]));
-    const double share = (x.sextant[i] & 1) != 0 ? falling : rising;
-    x.middle[i] = static_cast<int32_t>(static_cast<double>(x.value[i]) * (1.0 - share) + 0.5);
-  }
-  for (int64_t i = 0; i < kRun; ++i) {
-    const int32_t s = x.sextant[i], high = x.value[i], low = x.low[i], middle = x.middle[i];
+    const int32_t s = x.hue[i], high = x.value[i], low = x.low[i], middle = x.middle[i];
     x.r[i] = s == 0 || s == 5 ? high : s == 1 || s == 4 ? middle : low;
     x.g[i] = s == 1 || s == 2 ? high : s == 0 || s == 3 ? middle : low;
     x.b[i] = s == 3 || s == 4 ? high : s == 2 || s == 5 ? middle : low;
