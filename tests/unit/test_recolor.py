@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -160,6 +162,29 @@ def test_threads_and_layouts_of_the_table_change_nothing() -> None:
         torch.set_num_threads(threads)
     spread = ColorNumbers(*(np.repeat(column, 2, axis=0)[::2] for column in numbers))
     assert torch.equal(recolor_(pixels.clone(), spread, backend="native"), expected)
+
+
+def one_thread_recolours(pixels: torch.Tensor, numbers: ColorNumbers, expected: torch.Tensor) -> None:
+    """What a worker process of the loader does; the exit code tells."""
+    torch.set_num_threads(1)
+    os._exit(0 if torch.equal(recolor_(pixels, numbers, backend="native"), expected) else 1)
+
+
+@needs_native
+def test_a_worker_forked_after_threads_were_used_does_not_hang() -> None:
+    pixels, numbers = batch(9)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        expected = recolor_(pixels.clone(), numbers, backend="native")
+    finally:
+        torch.set_num_threads(threads)
+    worker = multiprocessing.get_context("fork").Process(target=one_thread_recolours, args=(pixels, numbers, expected))
+    worker.start()
+    worker.join(120)
+    exit_code = worker.exitcode
+    worker.kill()
+    assert exit_code == 0
 
 
 def test_auto_takes_the_library_for_contiguous_crops_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
