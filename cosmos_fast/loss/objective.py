@@ -44,9 +44,10 @@ class TeacherAhead(NamedTuple):
 class _Objective:
     """What both objectives do alike.
 
-    group: the ranks that share the global batch, None for this process alone. backend: of `multiview_infonce`. clock:
-    told of collectives. tower_gradients: "exact", or "original", which gives the features 1/W of their gradient on W
-    ranks, but not the temperatures: that is what the original's gathers without a gradient come to.
+    group: the ranks that share the global batch, each with as many samples; None for this process alone. backend: of
+    `multiview_infonce`. clock: told of collectives. tower_gradients: "exact", or "original", which gives the features
+    1/W of their gradient on W ranks, but not the temperatures: that is what the original's gathers without a gradient
+    come to.
     """
 
     def __init__(

@@ -30,7 +30,9 @@ class Ranks:
     """This process among those of the run.
 
     rank, world_size: in the run. local_rank, local_world_size: on this host (0 where the launcher does not tell).
-    group: what collectives run in, None for a run of one process, which needs none. device: where their tensors lie.
+    group: what the collectives of training run in, None for a run of one process, which needs none; device: where their
+    tensors lie. control: what the methods run in, by the host: on GPUs a group of its own, so that a step that asks for
+    a signal does not wait for the GPU.
 
     All methods are collective: every rank calls them in the same order, or the others wait until the timeout.
     """
@@ -41,6 +43,7 @@ class Ranks:
     local_world_size: int = 1
     group: dist.ProcessGroup | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -49,17 +52,17 @@ class Ranks:
 
     def mean(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
         """The mean over ranks of each number; the same names in the same order everywhere. One collective, in fp64."""
-        packed = _packed(values, self.device)
-        if self.group is not None:
-            dist.all_reduce(packed, group=self.group)
+        packed = _packed(values)
+        if self.control is not None:
+            dist.all_reduce(packed, group=self.control)
         return dict(zip(values, (packed / self.world_size).tolist(), strict=True))
 
     def spread(self, values: Mapping[str, float | torch.Tensor]) -> dict[str, tuple[float, float]]:
         """The least and the greatest of each number over ranks. One collective."""
-        packed = _packed(values, self.device)
+        packed = _packed(values)
         both = torch.stack([-packed, packed])
-        if self.group is not None:
-            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
+        if self.control is not None:
+            dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.control)
         least, greatest = both.tolist()
         return {name: (-low, high) for name, low, high in zip(values, least, greatest, strict=True)}
 
@@ -82,7 +85,7 @@ class Ranks:
         Raises:
             UserError: rank 0's, on every rank, so that nobody waits for a rank that gave up.
         """
-        if self.group is None:
+        if self.control is None:
             return make()
         answer: dict[str, Any] = {}
         failure: Exception | None = None
@@ -121,19 +124,19 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all."""
-        if self.group is not None:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+        if self.control is not None:
+            dist.all_reduce(torch.zeros(1), group=self.control)
 
     def _share(self, text: str, source: int = 0) -> str:
         """The text of one rank, on all: its length, then its bytes."""
-        if self.group is None:
+        if self.control is None:
             return text
-        own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        length = torch.tensor(len(own), device=self.device)
-        dist.broadcast(length, source, group=self.group)
+        own = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        length = torch.tensor(len(own))
+        dist.broadcast(length, source, group=self.control)
         if self.rank != source:
-            own = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        dist.broadcast(own, source, group=self.group)
+            own = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(own, source, group=self.control)
         return bytes(own.tolist()).decode()
 
 
@@ -218,7 +221,7 @@ def joined_ranks(
     else:
         _meet(place, backend, timeout_s)
     try:
-        yield replace(place, group=dist.group.WORLD if place.world_size > 1 else None, device=device)
+        yield _with_groups(place, device, timeout_s)
     finally:
         dist.destroy_process_group()
 
@@ -237,11 +240,20 @@ def _meet(place: Ranks, backend: str, timeout_s: float) -> None:
         ) from None
 
 
-def _packed(values: Mapping[str, float | torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The numbers as one fp64 tensor."""
-    return torch.stack(
-        [torch.as_tensor(value, dtype=torch.float64, device=device).detach() for value in values.values()]
-    )
+def _with_groups(place: Ranks, device: torch.device, timeout_s: float) -> Ranks:
+    """The place with the groups that its process group, which is there, serves with."""
+    if place.world_size == 1:
+        return replace(place, device=device)
+    group = dist.group.WORLD
+    control = group
+    if device.type == "cuda":
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return replace(place, group=group, device=device, control=control)
+
+
+def _packed(values: Mapping[str, float | torch.Tensor]) -> torch.Tensor:
+    """The numbers as one fp64 tensor of the host."""
+    return torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
 
 
 def _number(name: str, text: str) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.ranks import Ranks, device_of_rank, joined_ranks, place_of_environment
+from cosmos_fast.utils.ranks import Ranks, _with_groups, device_of_rank, joined_ranks, place_of_environment
 from tests.ranks import environment, run_ranks
 
 TORCHRUN = environment(rank=1, world=4, port=29500)
@@ -119,6 +119,9 @@ def _tell(folder: str) -> None:
                 found[name] = [type(error).__name__, str(error)]
         fail(WORLD)
         found["after"] = ranks.mean({"still": 1.0})
+        on_gpus = _with_groups(ranks, torch.device("cuda:0"), 300.0)  # they talk by the host, in a group of their own
+        found["control"] = [each.control is ranks.group for each in (ranks, on_gpus)]
+        found["by the host"] = [dist.get_backend(on_gpus.control), on_gpus.mean({"rank": rank}), on_gpus.any(rank == 2)]
     found["ended"] = not dist.is_initialized()
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
@@ -146,6 +149,8 @@ def test_ranks_agree_on_numbers_texts_and_failures(tmp_path: Path) -> None:
         assert found["told"] == {"step": 7, "folder": "läufe", "by": 0}
         assert found["first"] == ["UserError", "the folder is in use" if rank == 0 else "rank 0: the folder is in use"]
         assert found["after"] == {"still": 1.0}
+        assert found["control"] == [True, False]
+        assert found["by the host"] == ["gloo", {"rank": 1.0}, True]
         assert found["ended"]
     assert ranks[0]["together"] == ["UserError", "rank 1: rank 1 has no data"]
     assert ranks[1]["together"] == ["UserError", "rank 1 has no data\nsecond line"]
