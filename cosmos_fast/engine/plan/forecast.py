@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
-from cosmos_fast.config import TrainConfig
+from cosmos_fast.config import ModelConfig, TrainConfig
 from cosmos_fast.engine.plan.hardware import Assumptions
 from cosmos_fast.engine.plan.layout import STAGES, Layout
 from cosmos_fast.engine.plan.memory import memory_bytes
@@ -79,8 +80,13 @@ class Forecast:
 
 def count_parameters(config: TrainConfig) -> int:
     """Of the student; no weights are allocated."""
+    return _count_parameters(config.model)
+
+
+@cache
+def _count_parameters(model: ModelConfig) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in create_model(config.model).parameters())
+        return sum(p.numel() for p in create_model(model).parameters())
 
 
 def forecast(

@@ -17,7 +17,7 @@ from __future__ import annotations
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.engine.estimate import activation_values, remade_values
 from cosmos_fast.engine.plan.layout import Layout
-from cosmos_fast.engine.plan.traffic import bucket_values
+from cosmos_fast.engine.plan.traffic import bucket_values, term_views
 
 # Batches on the GPU at a time: the one at work, and the one on its way.
 _BATCHES = 2
@@ -61,13 +61,9 @@ def batch_bytes(config: TrainConfig, layout: Layout) -> dict[str, int]:
 def loss_bytes(config: TrainConfig, layout: Layout) -> int:
     """Of one loss: gathered columns, column log-sum-exps and their sums, gradients of the columns and their parts."""
     views, dim, samples = config.data.views, config.model.embed_dim, layout.loss_batch
-    if config.objective == "clip":
-        rows, columns = sorted((views.image_views, views.text_views), reverse=True)
-        gathered, pairs = columns, rows * columns
-    else:
-        columns = views.global_crops
-        gathered = columns + views.global_crops + views.global_captions
-        pairs = views.text_views * columns + (views.image_views + views.text_views) * (gathered - columns)
+    terms = term_views(config)
+    gathered, pairs = sum(columns for _, columns in terms), sum(rows * columns for rows, columns in terms)
+    columns = terms[0][1]  # those with a gradient
     own_views = 2 * (views.image_views + views.text_views)  # features and their gradients of this rank's samples
     own = own_views * layout.batch_size * (layout.accumulate_steps if layout.all_negatives else 1) * dim * 4 * 2
     return samples * (gathered * dim * layout.value_bytes + 3 * 4 * pairs + 2 * 4 * columns * dim) + own
