@@ -26,7 +26,7 @@ from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.joined_features import JoinedFeatures, join_teacher
 from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.precision import Precision
-from cosmos_fast.loss import ClipLoss, CosmosLoss, CosmosLossOutput
+from cosmos_fast.loss import ClipLoss, CosmosLoss, CosmosLossOutput, TeacherAhead
 from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 
@@ -58,19 +58,19 @@ class Gradients:
         return torch.stack([self._add(batch, share=1.0 / len(batches)) for batch in batches]).sum(dim=0)
 
     def _add(self, batch: Batch, share: float) -> Tensor:
-        teacher = self._encode_teacher(batch)
+        teacher = self._send(self._encode_teacher(batch))
         output = self._loss(self._encode(batch), teacher)
         self._backward(output.total * share)
         return _values(output) * share
 
     def _add_together(self, batches: Sequence[Batch]) -> Tensor:
         *early, last = batches
-        teachers = [self._encode_teacher(batch) for batch in batches]
+        teacher = self._send(join_teacher([self._encode_teacher(batch) for batch in batches]))
         with torch.no_grad():
             students = [self._encode(batch) for batch in early]
         students.append(self._encode(last))
         joined = JoinedFeatures(students)
-        output = self._loss(joined.features, join_teacher(teachers))
+        output = self._loss(joined.features, teacher)
         self._backward(output.total)
         with self.clock("backward"):
             joined.backward(students.pop(), len(early))
@@ -98,7 +98,14 @@ class Gradients:
             # Copies: autograd refuses to keep tensors of inference mode for a backward pass, and the loss keeps these.
             return TeacherFeatures(features.image.clone(), features.text.clone())
 
-    def _loss(self, student: CosmosFeatures, teacher: TeacherFeatures | None) -> CosmosLossOutput:
+    def _send(self, teacher: TeacherFeatures | None) -> TeacherFeatures | TeacherAhead | None:
+        """To the other ranks, while the student works."""
+        if teacher is None:
+            return None
+        with self.clock("teacher"), self.precision.autocast():
+            return self.objective.ahead(teacher)
+
+    def _loss(self, student: CosmosFeatures, teacher: TeacherFeatures | TeacherAhead | None) -> CosmosLossOutput:
         with self.clock("loss"), self.precision.autocast():
             return self.objective(student, teacher)
 

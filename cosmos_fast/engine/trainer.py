@@ -27,7 +27,7 @@ from cosmos_fast.engine.rng import set_rng_state
 from cosmos_fast.engine.run_folder import RunPlan, plan_run
 from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
-from cosmos_fast.loss import ClipLoss, CosmosLoss
+from cosmos_fast.loss import build_objective
 from cosmos_fast.model import CosmosModel, create_model
 from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.utils.errors import UserError
@@ -106,7 +106,7 @@ class Trainer:
         for model in (self.student, self.teacher):
             apply_compute(model, config.compute, self.device)
         self.clock = clock
-        objective = (CosmosLoss if config.objective == "cosmos" else ClipLoss)(clock=clock)
+        objective = build_objective(config, clock=clock)
         self.gradients = Gradients(
             *(self.student, self.teacher, objective, config.data.views, self.precision),
             negatives=config.run.negatives,
