@@ -182,6 +182,23 @@ def test_other_captions_in_the_same_directory_are_refused(
     assert shards_of(out) == before
 
 
+def test_another_download_under_the_same_names_does_not_replace_shards(
+    tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = write_download(tmp_path / "images", (2, 1)), tmp_path / "out"
+    other = write_download(tmp_path / "other", (3, 3))
+    assert run(command, dreamlip(table, images, out)) == 0
+    before = shards_of(out)
+    assert run(command, dreamlip(table, other, out)) == 2
+    error = capsys.readouterr().err
+    assert f"{out}/00000.tar is made of {images}/00000.tar, not of {other}/00000.tar" in error
+    assert error.count("\n") == 1
+    assert shards_of(out) == before
+    moved = images.rename(tmp_path / "moved")
+    assert run(command, dreamlip(table, moved, out)) == 0
+    assert "complete already" in capsys.readouterr().out
+
+
 def test_a_download_without_any_caption_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_download(tmp_path / "images", (2,))
     assert run(command, ["data", "prepare", "img2dataset", str(images), "--out", str(tmp_path / "out")]) == 2

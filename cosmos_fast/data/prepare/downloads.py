@@ -58,6 +58,11 @@ class Unit:
         return self.path.parent if self.stop is None else self.path
 
     @property
+    def source(self) -> str:
+        """Its path, whatever the working directory."""
+        return str(self.path.resolve())
+
+    @property
     def stamp(self) -> list[int]:
         """Changes when the input does: size in bytes, time of the last change in ns."""
         stat = self.path.stat()

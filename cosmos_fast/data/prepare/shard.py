@@ -19,6 +19,7 @@ from cosmos_fast.data.prepare.downloads import Download, Unit, downloads
 from cosmos_fast.data.prepare.layouts import Layout, download_record
 from cosmos_fast.data.prepare.store import CaptionStore
 from cosmos_fast.data.shard_files import is_complete_tar, write_error
+from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import fsync_path, write_atomic
 
 WORK = ".prepare"  # beside the shards: reports, and the captions while they are needed
@@ -55,9 +56,13 @@ class ShardPlan:
 
 @dataclass
 class ShardReport:
-    """samples: written. left_out: cause -> count; examples: cause -> the first key. input: stamp of the unit."""
+    """samples: written. left_out: cause -> count; examples: cause -> the first key. input: stamp of the unit.
+
+    source: path of the unit, "" in reports of earlier versions.
+    """
 
     input: list[int]
+    source: str = ""
     samples: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -69,15 +74,23 @@ class ShardReport:
 
 
 def read_report(plan: ShardPlan) -> ShardReport | None:
-    """The report of a shard that is done: of this input, and with the shard in place; else None."""
+    """The report of a shard that is done: of this input, and with the shard in place; else None.
+
+    Raises UserError where the shard is of another input by the same name, which is to be kept.
+    """
     try:
         raw = json.loads(plan.report_path.read_bytes())
-        report = ShardReport(raw["input"], int(raw["samples"]), Counter(raw["left_out"]), dict(raw["examples"]))
-        if report.input != plan.unit.stamp:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
+        counts = int(raw["samples"]), Counter(raw["left_out"]), dict(raw["examples"])
+        report = ShardReport(raw["input"], str(raw.get("source", "")), *counts)
+        is_of_this = report.input == plan.unit.stamp
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return report if report.samples == 0 or is_complete_tar(plan.path) else None
+    if not is_of_this and report.source not in ("", plan.unit.source):
+        raise UserError(
+            f"{plan.path} is made of {report.source}, not of {plan.unit.source}: choose another --out, or delete that "
+            "directory"
+        )
+    return report if is_of_this and (report.samples == 0 or is_complete_tar(plan.path)) else None
 
 
 def write_shard(plan: ShardPlan, progress: Callable[[int], None]) -> ShardReport:
@@ -85,7 +98,7 @@ def write_shard(plan: ShardPlan, progress: Callable[[int], None]) -> ShardReport
 
     A unit without a single usable sample gives a report and no shard.
     """
-    report = ShardReport(plan.unit.stamp)
+    report = ShardReport(plan.unit.stamp, plan.unit.source)
     plan.report_path.unlink(missing_ok=True)  # of an earlier input
     try:
         with plan.aside.open("wb") as file:
