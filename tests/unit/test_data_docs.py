@@ -1,4 +1,4 @@
-"""docs/data.md, followed: its commands run, in order, from files in the published formats to a training."""
+"""docs/data.md, followed: its commands run, in order, from files in the published formats to trainings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from cosmos_fast.cli.main import command, run
 from tests.downloads import PIXELPROSE_HEADER, pixelprose_row, write_csv, write_download, write_dreamlip
 from tests.tiny_run import TINY
+from tests.web import serve
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "data.md"
 SMALL = (
@@ -18,15 +19,15 @@ SMALL = (
     "model.text={context_length: 16, width: 16, heads: 2, layers: 1}",
     "model.vision={image_size: 16, patch_size: 8, width: 16, layers: 1, head_width: 8}",
     "run.max_steps=2",
+    "data.samples_per_epoch=null",
     "run.device=cpu",
     "data.workers=0",
 )
 
 
 def commands() -> list[list[str]]:
-    """Of `cosmos-fast`, in the sections from Prepare to Train, as a shell would split them."""
+    """Of `cosmos-fast`, as a shell would split them."""
     text = DOCUMENT.read_text().split("## Prepare", 1)[1]
-    text = text[: text.index("\n## ", text.index("## Train"))] if "\n## " in text.split("## Train")[1] else text
     blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("cosmos-fast ")]
@@ -36,32 +37,33 @@ def test_the_page_leads_from_published_files_to_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COSMOS_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("cosmos_fast.cli.data.prepare.usable_cores", lambda: 1)  # starting processes takes seconds
     write_dreamlip(Path("cc3m_3long_3short_1raw_captions_url.csv"), range(12))
     write_download(Path("cc3m-images"), (5, 4))
     Path("pixelprose", "data").mkdir(parents=True)
     write_pixelprose(Path("pixelprose", "data"))
     write_download(Path("pixelprose-images"), (4, 3))
     write_download(Path("captioned-images"), (3,), caption="A cabin. A green roof.")
-    ran = set()
-    for arguments in commands():
-        if arguments[0] == "train" and "--dry-run" not in arguments:
-            arguments = [*arguments, *(f"--set={setting}" for setting in SMALL)]
-        if arguments[:3] == ["data", "prepare", "pixelprose"] and not list(Path("pixelprose/data").glob("*.parquet")):
-            arguments[3] = "pixelprose/data/*.csv"  # without pyarrow
-        status = run(command, arguments)
-        assert status == 0, (arguments, capsys.readouterr().err)
-        depth = 1 if arguments[0] != "data" else 3 if arguments[1] == "prepare" else 2
-        ran.add(" ".join(arguments[:depth]))
-    assert ran >= {
-        "data prepare dreamlip",
-        "data prepare pixelprose",
-        "data prepare img2dataset",
-        "data index",
+    ran = []
+    with serve(tmp_path) as web:
+        for arguments in commands():
+            here = [word.replace("https://host", web.url).replace("00331", "00001") for word in arguments]
+            if arguments[0] == "train" and "--dry-run" not in arguments:
+                here += [f"--set={setting}" for setting in (*SMALL, *(["name=remote"] if here != arguments else []))]
+            if arguments[2] == "pixelprose" and not list(Path("pixelprose/data").glob("*.parquet")):
+                here[3] = "pixelprose/data/*.csv"  # without pyarrow
+            status = run(command, here)
+            assert status == 0, (here, capsys.readouterr().err)
+            ran.append(" ".join(arguments[: 1 if arguments[0] != "data" else 3 if arguments[1] == "prepare" else 2]))
+    assert set(ran) == {
+        *(f"data prepare {name}" for name in ("dreamlip", "pixelprose", "img2dataset")),
+        *(f"data {name}" for name in ("index", "verify", "inspect", "coverage")),
         "train",
     }
     metrics = list(Path("runs").rglob("metrics.jsonl"))
-    assert len(metrics) == 1
-    assert metrics[0].read_text().count('"kind": "train"') == 2
+    assert len(metrics) == 2
+    assert all(file.read_text().count('"kind": "train"') == 2 for file in metrics)
 
 
 def write_pixelprose(folder: Path) -> None:
