@@ -16,8 +16,40 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files whose few tests take longest. They come first, so that at the end no process waits for one of them alone.
+FIRST = (
+    "test_deepspeed.py",
+    "test_infonce_emulated.py",
+    "test_resume.py",
+    "test_infonce_triton.py",
+    "test_compile_ahead.py",
+    "test_gradients_ranks.py",
+    "test_loss_ranks.py",
+    "test_golden_savings.py",
+    "test_batch_size.py",
+    "test_position.py",
+    "test_distill_triton.py",
+    "test_pool_triton.py",
+    "test_harness.py",
+    "test_rehearsal.py",
+    "test_bench_step.py",
+    "test_compiled_blocks.py",
+    "test_infonce_compile.py",
+    "test_batch_trial.py",
+    "test_eval_cli.py",
+    "test_loader.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would put files of many tests first
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `long` are for CI; `make test` alone stays under ten minutes on two cores."""
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
     if os.environ.get("COSMOS_LONG_TESTS"):
         return
     for item in items:

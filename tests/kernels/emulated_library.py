@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -43,12 +45,16 @@ def compile_emulated(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def emulated_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all modules that import this fixture, and for all processes that share out the tests."""
     if COMPILER is None:
         pytest.skip("no C++ compiler: CUDA sources not run in the emulation")
-    folder = tmp_path_factory.getbasetemp() / "emulated"
-    if not folder.exists():  # every module that imports this fixture has one of its own
-        folder.mkdir()
-        compile_emulated(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "emulated"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / native.LIBRARIES["cuda"]).exists():
+            compile_emulated(folder)
     return folder
 
 
