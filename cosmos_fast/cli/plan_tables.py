@@ -13,7 +13,7 @@ from cosmos_fast.config import TrainConfig
 from cosmos_fast.engine.plan import Assumptions, Forecast, best_stage
 
 NOTE = "A model, not a measurement: counted work, bytes and memory, at the assumed rates below."
-_SECONDS_A_DAY = 86400
+_SECONDS_AN_HOUR = 3600
 _WIDTH = 118
 
 
@@ -98,11 +98,11 @@ def _values(one: Forecast, config: TrainConfig) -> dict[str, Any]:
         "step_ms": one.step_ms,
         "samples_per_s": one.samples_per_s,
         "mfu_pct": one.mfu_pct,
-        "days": days(one, config),
+        "hours": hours(one, config),
     }
 
 
-def days(one: Forecast, config: TrainConfig) -> float | None:
+def hours(one: Forecast, config: TrainConfig) -> float | None:
     """Of the whole run; None where the configuration does not say how long it is."""
     run, samples = config.run, config.data.samples_per_epoch
     if run.max_steps is not None:
@@ -111,7 +111,7 @@ def days(one: Forecast, config: TrainConfig) -> float | None:
         total = run.epochs * samples
     else:
         return None
-    return total / one.samples_per_s / _SECONDS_A_DAY
+    return total / one.samples_per_s / _SECONDS_AN_HOUR
 
 
 _HEADINGS = (
@@ -123,14 +123,14 @@ _HEADINGS = (
     "samples/s",
     "a GPU",
     "MFU, %",
-    "days",
+    "hours",
 )
 
 
 def _cells(one: Forecast, config: TrainConfig) -> list[str]:
     layout, sent_ms = one.layout, sum(one.transfer_ms)
     batch = f"{layout.batch_size}" + (f" x {layout.accumulate_steps}" if layout.accumulate_steps > 1 else "")
-    total = days(one, config)
+    total = hours(one, config)
     return [
         batch,
         f"{one.total_gib:,.1f}" + ("" if one.fits else f" > {one.limit_gib:,.1f}"),
@@ -140,20 +140,21 @@ def _cells(one: Forecast, config: TrainConfig) -> list[str]:
         f"{one.samples_per_s:,.0f}",
         f"{one.samples_per_s / layout.ranks:,.0f}",
         f"{one.mfu_pct:.1f}",
-        "" if total is None else f"{total:,.2f}",
+        "" if total is None else f"{total:,.1f}",
     ]
 
 
 def _remarks(config: TrainConfig, best: Forecast) -> list[str]:
     layout = best.layout
     lines = []
-    less = "--set compute.checkpoint_activations=mlp"
+    saving = {"none": "mlp", "mlp": "blocks"}.get(config.compute.checkpoint_activations)
+    less = f"; --set compute.checkpoint_activations={saving} takes less memory" if saving else ""
     if not best.fits:
-        lines.append(f"No stage fits {best.limit_gib:.1f} GiB: try {less} (or blocks), or more GPUs.")
+        lines.append(f"No stage fits {best.limit_gib:.1f} GiB: more GPUs or a smaller batch are needed{less}.")
     elif layout.accumulate_steps > 1:
         lines.append(
             f"{layout.rank_samples} samples a rank do not fit at once: run.batch_size={layout.batch_size} "
-            f"run.accumulate_steps={layout.accumulate_steps}; {less} takes less memory."
+            f"run.accumulate_steps={layout.accumulate_steps}{less}."
         )
     if layout.losses > 1:
         lines.append(

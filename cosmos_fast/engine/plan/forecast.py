@@ -145,11 +145,15 @@ def largest_batches(
 
 
 def best_stage(forecasts: Sequence[Forecast]) -> Forecast:
-    """The fastest that fits, the lower stage of equals; if none fits, the one that needs least memory."""
+    """The lowest stage that fits and is within 1 % of the fastest; if none fits, the one that needs least memory.
+
+    Smaller differences are below what such a model can tell.
+    """
     fitting = [one for one in forecasts if one.fits]
     if not fitting:
         return min(forecasts, key=lambda one: one.total_gib)
-    return min(fitting, key=lambda one: (round(one.step_ms, 3), one.layout.stage))
+    fastest_ms = min(one.step_ms for one in fitting)
+    return min((one for one in fitting if one.step_ms <= 1.01 * fastest_ms), key=lambda one: one.layout.stage)
 
 
 def stages_of(
