@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cosmos_fast.data.loader import Loader
     from cosmos_fast.engine.hooks import Validator
     from cosmos_fast.engine.run_folder import RunPlan
+    from cosmos_fast.utils.ranks import Ranks
 
 _log = get_logger(__name__)
 
@@ -52,6 +53,7 @@ _log = get_logger(__name__)
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved configuration and what it needs; touch nothing.")
 @click.option("--list-recipes", is_flag=True, help="Print the built-in configurations.")
+@click.option("--local_rank", "--local-rank", type=int, hidden=True, help="Of the deepspeed launcher, as LOCAL_RANK.")
 def command(
     recipe: str | None,
     config_file: str | None,
@@ -64,6 +66,7 @@ def command(
     memory_limit: float | None,
     dry_run: bool,
     list_recipes: bool,
+    local_rank: int | None,
 ) -> None:
     """Train COSMOS or plain CLIP on image-caption shards.
 
@@ -76,14 +79,19 @@ def command(
     cosmos-fast train --recipe cc12m_vit_b_16 --set data.train='shards/{00000..02175}.tar'
     cosmos-fast train --recipe demo --set run.max_steps=50 --set optimizer.lr=5e-4
     cosmos-fast train --config runs/demo/cosmos/config.yaml --resume
+    torchrun --nproc_per_node 2 -m cosmos_fast.cli.train --recipe demo --set deepspeed.zero_optimization.stage=2
     """
     if list_recipes:
         for name, make in RECIPES.items():
             click.echo(f"{name:24}{(make.__doc__ or '').splitlines()[0]}")
         return
-    setup_logging()
+    from cosmos_fast.utils.ranks import place_of_environment
+
+    place = place_of_environment()
+    setup_logging(place.rank)
     config = resolve_config(recipe, config_file, overrides)
-    refuse_several_ranks()
+    if profile or find_batch_size or dry_run:
+        refuse_several_ranks(place)
     if profile or profile_steps is not None:
         others = resume is not None or overwrite or dry_run or find_batch_size or memory_limit is not None
         check_profile_options(profile, others)
@@ -123,38 +131,42 @@ def resolve_config(recipe: str | None, config_file: str | None, overrides: tuple
     return load_config(get_recipe(recipe) if recipe is not None else str(config_file), overrides)
 
 
-def refuse_several_ranks() -> None:
-    """Training on several ranks comes later; started by a launcher, every rank would train a model of its own."""
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size not in ("", "1"):
-        raise UserError(f"WORLD_SIZE is {world_size}, but training on several ranks is not implemented yet: start one")
+def refuse_several_ranks(place: Ranks) -> None:
+    """Started by a launcher, every rank would measure or print the same."""
+    if place.world_size > 1:
+        raise UserError(
+            f"WORLD_SIZE is {place.world_size}, but --profile, --find-batch-size and --dry-run work on one process: "
+            "start them without a launcher"
+        )
 
 
 def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
-    """Build everything, then train; nothing is written before all of it is there."""
+    """Build everything on all ranks, then train; nothing is written before all of it is there."""
     from cosmos_fast.engine.out_of_memory import out_of_memory_explained
     from cosmos_fast.engine.precision import resolve_device
-    from cosmos_fast.engine.run_folder import plan_run
+    from cosmos_fast.engine.run_folder import RunPlan, plan_run
     from cosmos_fast.engine.trainer import Trainer
+    from cosmos_fast.utils.ranks import device_of_rank, joined_ranks
 
-    device = resolve_device(config.run.device)
-    plan = plan_run(config, resume, overwrite)
-    validators = make_validators(config)
-    loader = open_loader(config, plan, device)
-    try:
+    with joined_ranks(config.run.device, always=config.run.engine == "deepspeed") as ranks, ExitStack() as opened:
+        plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
+        with ranks.together(), out_of_memory_explained(config):
+            device = resolve_device(device_of_rank(config.run.device, ranks))
+            validators = make_validators(config) if ranks.first else []
+            loader = open_loader(config, plan, device, ranks)
+            opened.callback(loader.close)
         with out_of_memory_explained(config):
-            trainer = Trainer(config, loader, validators, plan=plan)
+            trainer = Trainer(config, loader, validators, plan=plan, ranks=ranks)
             trainer.fit()
-    finally:
-        loader.close()
     if loader.stats:
         _log.warning("samples skipped: %s", loader.account.summary())
-    done = "finished" if trainer.finished else f"stopped by {trainer.stop.signal_name}, continue with --resume"
+    stopped = f"stopped by {trainer.stop.signal_name or 'another rank'}, continue with --resume"
+    done = "finished" if trainer.finished else stopped
     _log.info("%s: %s at step %d of %d", config.name, done, trainer.state.step, trainer.total_steps)
 
 
-def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device) -> Loader:
-    """The batches of this run, from where the plan continues."""
+def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device, ranks: Ranks) -> Loader:
+    """The batches of this rank, from where the plan continues."""
     from cosmos_fast.data.loader import build_loader
     from cosmos_fast.engine.precision import resolve_precision
 
@@ -164,6 +176,8 @@ def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device) -> Loa
         context_length=config.model.text.context_length,
         seed=config.seed,
         batch_size=config.run.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         start_position=plan.state.position,
         device=device,
         image_dtype=resolve_precision(config.run.precision, device).image_dtype,

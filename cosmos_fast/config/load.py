@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Places that hold sources and take a bare path, or a list of paths, as a shorthand.
 _SOURCE_LISTS = (("data", "train"), ("evaluate", "data"))
+# Sections of another program's keys, at any depth; the configuration itself checks their names.
+_FOREIGN = ("deepspeed",)
 
 
 def load_config(source: TrainConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -101,6 +103,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override!r} is not of the form key=value")
     *sections, last = key.split(".")
+    if sections and sections[0] in _FOREIGN:
+        _set_below(tree, sections, last, _yaml_value(text), override)
+        return
     node, cls = tree, TrainConfig
     for section in sections:
         hint = _hints(cls).get(section)
@@ -114,6 +119,16 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     value = text if _hints(cls)[last] is str else _yaml_value(text)
     if is_dataclass(_hints(cls)[last]) and not isinstance(value, dict):
         raise UserError(f"--set {override!r}: {key} is a section, set one of its keys, such as {dotted_example(key)}")
+    node[last] = value
+
+
+def _set_below(tree: dict[str, Any], sections: list[str], last: str, value: Any, override: str) -> None:
+    """Set a key of a tree of dicts, making those that are missing."""
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {section!r} is not a section in the configuration")
     node[last] = value
 
 

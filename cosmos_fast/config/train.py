@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cosmos_fast.config.checks import (
     require,
@@ -15,6 +15,7 @@ from cosmos_fast.config.checks import (
 )
 from cosmos_fast.config.compute import ComputeConfig
 from cosmos_fast.config.data import DataConfig, SourceConfig
+from cosmos_fast.config.deepspeed import check_deepspeed
 from cosmos_fast.config.model import ModelConfig
 
 
@@ -68,9 +69,10 @@ class RunConfig:
     micro-batch; "all", those of the whole step, as if it were one batch, for a second forward pass of all micro-batches
     but one. tower_gradients: of a run over W ranks: "exact", those of one process with all samples; "original", 1/W of
     them, but all of the temperatures', as the original's gathers leave it. world_size_hint: ranks the recipe was
-    published with (0: any). threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means
-    never (a checkpoint is always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in
-    a row with NaN or Inf before the run stops.
+    published with (0: any). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
+    threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
+    always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf
+    before the run stops.
     """
 
     out_dir: str = "runs"
@@ -81,6 +83,7 @@ class RunConfig:
     negatives: Literal["micro", "all"] = "micro"
     tower_gradients: Literal["exact", "original"] = "exact"
     world_size_hint: int = 0
+    engine: Literal["auto", "plain", "deepspeed"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -98,6 +101,7 @@ class RunConfig:
         require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
         require_choice("run.negatives", self.negatives, ("micro", "all"))
         require_choice("run.tower_gradients", self.tower_gradients, ("exact", "original"))
+        require_choice("run.engine", self.engine, ("auto", "plain", "deepspeed"))
         require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:
@@ -128,7 +132,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides a run. name: of the run folder. seed: of weights, data order and augmentation."""
+    """Everything that decides a run. name: of the run folder. seed: of weights, data order and augmentation. deepspeed:
+    keys of DeepSpeed's own configuration, over those that are generated; see config.deepspeed."""
 
     name: str
     objective: Literal["cosmos", "clip"] = "cosmos"
@@ -141,8 +146,10 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_deepspeed(self.deepspeed)
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", self.name) is not None,
             f"name is {self.name!r}: it names a folder, use letters, digits and . _ + = -",

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,12 +32,25 @@ from cosmos_fast.model import CosmosFeatures, CosmosModel, TeacherFeatures
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 
 
+class Passes(Protocol):
+    """The student's passes where something stands between it and autograd, such as DeepSpeed."""
+
+    def forward(self, images: list[Tensor], texts_VBL: Tensor) -> CosmosFeatures:
+        """As the student itself, in the precision of the run."""
+
+    def backward(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *, last: bool = True
+    ) -> None:
+        """As torch.autograd.backward. last: of this optimizer step, on every rank."""
+
+
 @dataclass
 class Gradients:
     """Forward and backward of one optimizer step.
 
     Batches move to the model's device one at a time. negatives: what a sample is held against, its micro-batch or all
     samples of the step. clock: told of every phase. scaler: of the loss; gradients come out too large by its factor.
+    passes: None for the student's own.
     """
 
     student: CosmosModel
@@ -47,6 +61,7 @@ class Gradients:
     negatives: Literal["micro", "all"] = "micro"
     clock: PhaseClock = no_clock
     scaler: LossScaler | None = None
+    passes: Passes | None = None
 
     def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Add the gradients of the step's loss to the student's parameters; returns [3]: clip, distill, total loss.
@@ -55,12 +70,14 @@ class Gradients:
         """
         if len(batches) > 1 and self.negatives == "all":
             return self._add_together(batches)
-        return torch.stack([self._add(batch, share=1.0 / len(batches)) for batch in batches]).sum(dim=0)
+        count = len(batches)
+        return torch.stack([self._add(batch, 1.0 / count, k == count) for k, batch in enumerate(batches, 1)]).sum(dim=0)
 
-    def _add(self, batch: Batch, share: float) -> Tensor:
+    def _add(self, batch: Batch, share: float, last: bool) -> Tensor:
         teacher = self._send(self._encode_teacher(batch))
         output = self._loss(self._encode(batch), teacher)
-        self._backward(output.total * share)
+        with self.clock("backward"):
+            self._run_back([self._scaled(output.total * share)], last=last)
         return _values(output) * share
 
     def _add_together(self, batches: Sequence[Batch]) -> Tensor:
@@ -71,20 +88,23 @@ class Gradients:
         students.append(self._encode(last))
         joined = JoinedFeatures(students)
         output = self._loss(joined.features, teacher)
-        self._backward(output.total)
         with self.clock("backward"):
-            joined.backward(students.pop(), len(early))
+            self._scaled(output.total).backward()  # down to the joined features
+            joined.backward(students.pop(), len(early), partial(self._run_back, last=False))
         del students
         for k, batch in enumerate(early):
             features = self._encode(batch, phase="recompute")
             with self.clock("backward"):
-                joined.backward(features, k)
+                joined.backward(features, k, partial(self._run_back, last=k == len(early) - 1))
         return _values(output)
 
     def _encode(self, batch: Batch, phase: str = "student") -> CosmosFeatures:
-        with self.clock(phase), self.precision.autocast():
+        with self.clock(phase):
             batch = batch.to(self.student.logit_scale.device)
-            return self.student(batch.images, batch.texts)
+            if self.passes is not None:
+                return self.passes.forward(batch.images, batch.texts)
+            with self.precision.autocast():
+                return self.student(batch.images, batch.texts)
 
     def _encode_teacher(self, batch: Batch) -> TeacherFeatures | None:
         """What the distillation term compares with; plain CLIP has no such term."""
@@ -109,10 +129,15 @@ class Gradients:
         with self.clock("loss"), self.precision.autocast():
             return self.objective(student, teacher)
 
-    def _backward(self, loss: Tensor) -> None:
-        """The one place where a loss becomes gradients: of the parameters, or of the joined features."""
-        with self.clock("backward"):
-            (loss if self.scaler is None else self.scaler.scaled(loss)).backward()
+    def _run_back(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *, last: bool) -> None:
+        """The one place where gradients of the parameters come from."""
+        if self.passes is None:
+            torch.autograd.backward(tensors, gradients)
+        else:
+            self.passes.backward(tensors, gradients, last=last)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else self.scaler.scaled(loss)
 
 
 def _values(output: CosmosLossOutput) -> Tensor:

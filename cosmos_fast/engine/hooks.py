@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_fast.engine import checkpoint
-from cosmos_fast.engine.checkpoint import Snapshot
 from cosmos_fast.engine.metrics import to_json
 from cosmos_fast.engine.rng import rng_state, set_rng_state
 from cosmos_fast.utils.errors import UserError
@@ -82,7 +81,8 @@ class NonfiniteGuard:
         )
         if state.nonfinite_in_a_row >= self._limit:
             path = trainer.plan.folder / f"nonfinite_step_{state.step:08d}.json"
-            write_atomic(path, to_json(self._dump(trainer, outcome)) + "\n")
+            if trainer.ranks.first:
+                write_atomic(path, to_json(self._dump(trainer, outcome)) + "\n")
             raise UserError(
                 f"loss or gradient was not finite for {state.nonfinite_in_a_row} steps in a row (see {path}): "
                 "lower optimizer.lr, set optimizer.clip_norm, or check the data, then continue with --resume"
@@ -109,10 +109,15 @@ class Validation:
         self._every_steps = every_steps
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
-        """Write one "eval" row with the numbers of all validators."""
+        """Write one "eval" row with the numbers of all validators, which rank 0 runs while the others wait."""
         step = trainer.state.step
         if not self._validators or not _due(step, self._every_steps, trainer.finished):
             return
+        with trainer.whole_student(), trainer.ranks.together():
+            if trainer.ranks.first:
+                self._validate(trainer, step)
+
+    def _validate(self, trainer: Trainer, step: int) -> None:
         row: dict[str, Any] = {"step": step, "kind": "eval"}
         generators = rng_state()
         trainer.student.eval()
@@ -129,31 +134,32 @@ class Validation:
 
 
 class Checkpointer:
-    """Saves every so many steps, at the end, and when a stop is requested."""
+    """Saves every so many steps, at the end, and when a stop is requested.
+
+    saved_step: of the last save. stopping: whether a stop is requested on any rank, as all ranks have agreed after the
+    last step.
+    """
 
     def __init__(self, every_steps: int, keep: int) -> None:
         self._every_steps = every_steps
         self._keep = keep
         self.saved_step: int | None = None
+        self.stopping = False
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         """Save when it is time."""
-        if _due(trainer.state.step, self._every_steps, trainer.finished or trainer.stop.requested):
+        self.stopping = trainer.ranks.any(trainer.stop.requested)
+        if _due(trainer.state.step, self._every_steps, trainer.finished or self.stopping):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of the trainer, which must be between two steps."""
-        snapshot = Snapshot(
-            student=trainer.student.state_dict(),
-            teacher=trainer.teacher.state_dict(),
-            optimizer=trainer.optimizer.state_dict(),
-            state=trainer.state,
-            model=trainer.config.model.to_openclip(),
-            rng=rng_state(),
-        )
-        folder = checkpoint.save(trainer.plan.checkpoints, snapshot, self._keep)
+        snapshot = trainer.snapshot()
+        with trainer.ranks.together():
+            if trainer.ranks.first:
+                folder = checkpoint.save(trainer.plan.checkpoints, snapshot, self._keep)
+                _log.info("saved %s", folder)
         self.saved_step = trainer.state.step
-        _log.info("saved %s", folder)
 
 
 def _due(step: int, every_steps: int, now: bool) -> bool:

@@ -5,7 +5,7 @@ Axes: V views, B samples of one micro-batch, N samples of all, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,10 +33,11 @@ class JoinedFeatures:
         leaves |= {name: _leaf(getattr(parts[-1], name)) for name in _SCALES}
         self.features = CosmosFeatures(**leaves)
 
-    def backward(self, part: CosmosFeatures, index: int) -> None:
+    def backward(self, part: CosmosFeatures, index: int, run: Callable[..., None] = torch.autograd.backward) -> None:
         """Send the gradients of the leaves back through the graph of a part, the one at `index`.
 
-        The scales belong to no micro-batch: they take part with the last one.
+        The scales belong to no micro-batch: they take part with the last one. run: called with the tensors of the part
+        and their gradients.
         """
         made: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -46,7 +47,7 @@ class JoinedFeatures:
                 continue
             made.append(getattr(part, name))
             gradients.append(leaf.grad if name in _SCALES else leaf.grad.split(self._sizes, dim=1)[index])
-        torch.autograd.backward(made, gradients)
+        run(made, gradients)
 
 
 def join_teacher(parts: Sequence[TeacherFeatures | None]) -> TeacherFeatures | None:

@@ -45,7 +45,8 @@ def build_optimizer(config: TrainConfig, student: nn.Module, teacher: nn.Module)
     return AdamWEma(config.optimizer, student, teacher)
 
 
-def _is_log_scale(name: str) -> bool:
+def is_log_scale(name: str) -> bool:
+    """The logarithms of the losses' scales, which are clamped after every step."""
     return name.endswith("logit_scale")
 
 
@@ -139,7 +140,7 @@ class AdamWEma:
             clip_norm=self.config.clip_norm,
             norm=norm,
             skip_nonfinite=True,
-            log_scales=[i for i, name in enumerate(names) if _is_log_scale(name)],
+            log_scales=[i for i, name in enumerate(names) if is_log_scale(name)],
         )
 
     def _weight_decay(self, name: str) -> float:
@@ -152,7 +153,7 @@ class AdamWEma:
             torch._foreach_lerp_(teachers, [self._student[name].data for name in names], 1.0 - ema_decay)
 
     def _clamp_scales(self, names: list[str]) -> None:
-        for name in filter(_is_log_scale, names):
+        for name in filter(is_log_scale, names):
             self._student[name].data.clamp_(0.0, MAX_LOG_SCALE)
             self._teacher[name].data.clamp_(0.0, MAX_LOG_SCALE)
 

@@ -17,7 +17,7 @@ _log = get_logger(__name__)
 
 class Progress:
     """Every log_every_steps, at the first and at the last step: one line and one "train" row. Times are means since the
-    last one; losses are those of the step. Only here is a loss read from the device."""
+    last one, over all ranks; losses are those of the step. Only here is a loss read from the device."""
 
     def __init__(self, every_steps: int) -> None:
         self._every_steps = every_steps
@@ -43,8 +43,11 @@ class Progress:
         self._steps, self._samples, self._flops, self._data_ms, self._step_ms = 0, 0, 0.0, 0.0, 0.0
 
     def _row(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
-        state = trainer.state
-        wall_ms = max(self._data_ms + self._step_ms, 1e-6)
+        state, ranks = trainer.state, trainer.ranks
+        own = {"step_ms": self._step_ms, "data_ms": self._data_ms, "bad": float(sum(trainer.loader.stats.values()))}
+        mean = ranks.mean(own)
+        most = {name: high for name, (_, high) in ranks.spread({**own, "peak": peak_bytes(trainer.device)}).items()}
+        wall_ms = max(mean["data_ms"] + mean["step_ms"], 1e-6)
         return {
             "step": state.step,
             "kind": "train",
@@ -58,14 +61,15 @@ class Progress:
             **trainer.scales(),
             **trainer.scaler.numbers(),
             "grad_norm": outcome.grad_norm,
-            "step_ms": self._step_ms / self._steps,
-            "data_ms": self._data_ms / self._steps,
+            "step_ms": mean["step_ms"] / self._steps,
+            "data_ms": mean["data_ms"] / self._steps,
             "samples_per_s": self._samples / wall_ms * 1e3,
-            "data_stall_pct": 100.0 * self._data_ms / wall_ms,
+            "data_stall_pct": 100.0 * mean["data_ms"] / wall_ms,
+            **({"data_ms_slowest_rank": most["data_ms"] / self._steps} if ranks.world_size > 1 else {}),
             **self._utilisation(trainer, wall_ms / 1e3),
-            "peak_memory_mib": peak_bytes(trainer.device) / MIB,
+            "peak_memory_mib": most["peak"] / MIB,
             "skipped": state.skipped,
-            "bad_samples": sum(trainer.loader.stats.values()),
+            "bad_samples": round(mean["bad"] * ranks.world_size),
             "flops": state.flops,
         }
 

@@ -6,8 +6,9 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.config.load import flatten_config
@@ -23,9 +24,9 @@ _log = get_logger(__name__)
 # These change what a run shows or keeps, not what it computes.
 _HARMLESS = (
     *("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads"),
-    *("run.out_dir", "run.world_size_hint", "run.max_nonfinite_steps", "data.workers", "data.prefetch"),
+    *("run.out_dir", "run.world_size_hint", "run.engine", "run.max_nonfinite_steps", "data.workers", "data.prefetch"),
     *("data.dali.threads", "data.dali.ahead"),
-    *("name", "evaluate."),
+    *("name", "evaluate.", "deepspeed"),
 )
 
 
@@ -48,6 +49,17 @@ class RunPlan:
     def metrics_file(self) -> Path:
         """Rows of engine.metrics."""
         return self.folder / "metrics.jsonl"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the other ranks."""
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        return {**asdict(self), "folder": str(self.folder), "checkpoint": checkpoint}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunPlan:
+        """The reverse of to_json()."""
+        found = None if values["checkpoint"] is None else Path(values["checkpoint"])
+        return cls(Path(values["folder"]), found, TrainState(**values["state"]), values["overwrite"])
 
     @contextmanager
     def begin(self, config: TrainConfig) -> Iterator[None]:

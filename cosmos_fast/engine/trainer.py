@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch, BatchSource
-from cosmos_fast.engine.checkpoint import load
+from cosmos_fast.engine.build import build_models, build_updates
+from cosmos_fast.engine.checkpoint import Snapshot, load
 from cosmos_fast.engine.estimate import step_flops
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
-from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
+from cosmos_fast.engine.optimizer import AdamWEma
 from cosmos_fast.engine.out_of_memory import out_of_memory_explained
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
-from cosmos_fast.engine.rng import set_rng_state
+from cosmos_fast.engine.rng import rng_state
 from cosmos_fast.engine.run_folder import RunPlan, plan_run
 from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import build_objective
-from cosmos_fast.model import CosmosModel, create_model
-from cosmos_fast.model.compute import apply_compute
+from cosmos_fast.model import CosmosModel
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
 from cosmos_fast.utils.peak_rates import PeakRate, peak_rate
 from cosmos_fast.utils.phases import PhaseClock, no_clock
+from cosmos_fast.utils.ranks import Ranks, device_of_rank
 from cosmos_fast.utils.signals import StopRequest
 from cosmos_fast.utils.timing import Stopwatch
+from cosmos_fast.utils.topology import topology
+
+if TYPE_CHECKING:
+    from cosmos_fast.engine.deepspeed_engine import ZeroRun
 
 _log = get_logger(__name__)
 
@@ -48,6 +52,8 @@ class Trainer:
         loader: batches of this rank from plan.state.position on, without end.
         validators: called every run.evaluate_every_steps with (step, student, teacher).
         plan: from plan_run(); None starts from scratch.
+        ranks: of the run; with several, or with run.engine=deepspeed, DeepSpeed divides the work among them. Every rank
+            makes the same calls.
         clock: told of every phase of a step.
 
     Raises:
@@ -60,7 +66,7 @@ class Trainer:
     loader: BatchSource
     total_steps: int
     state: TrainState
-    world_size: int
+    ranks: Ranks
     # what is trained
     device: torch.device
     precision: Precision
@@ -69,7 +75,8 @@ class Trainer:
     student: CosmosModel
     teacher: CosmosModel
     gradients: Gradients
-    optimizer: AdamWEma
+    optimizer: AdamWEma | ZeroRun
+    zero: ZeroRun | None
     clock: PhaseClock
     # what happens after a step
     metrics: Metrics
@@ -84,38 +91,35 @@ class Trainer:
         validators: Sequence[Validator] = (),
         *,
         plan: RunPlan | None = None,
-        world_size: int = 1,
+        ranks: Ranks | None = None,
         clock: PhaseClock = no_clock,
     ) -> None:
         self.config = config
         self.plan = plan or plan_run(config)
         self.loader = loader
-        self.world_size = world_size
-        self.total_steps = total_steps(config, loader.samples_per_epoch, world_size)
+        self.ranks = ranks = ranks or Ranks()
+        self.total_steps = total_steps(config, loader.samples_per_epoch, ranks.world_size)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
-        self.device = resolve_device(config.run.device)
+        self.device = resolve_device(device_of_rank(config.run.device, ranks))
         self.precision = resolve_precision(config.run.precision, self.device)
         self.peak_rate = peak_rate(self.device, "fp8" if config.compute.linear == "fp8" else self.precision.name)
         self.state = replace(self.plan.state)
         self._note_data()
         self.scaler = LossScaler(self.precision, self.state)
-        torch.manual_seed(config.seed)
-        self.student = create_model(config.model).to(self.device).train()
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        for model in (self.student, self.teacher):
-            apply_compute(model, config.compute, self.device)
+        self.student, self.teacher = build_models(config, self.device)
         self.clock = clock
-        objective = build_objective(config, clock=clock)
+        stored = None if self.plan.checkpoint is None else load(self.plan.checkpoint)
+        self.optimizer = build_updates(config, self.student, self.teacher, self.precision, ranks, stored)
+        self.zero = None if isinstance(self.optimizer, AdamWEma) else self.optimizer
+        objective = build_objective(config, ranks.group, clock)
         self.gradients = Gradients(
             *(self.student, self.teacher, objective, config.data.views, self.precision),
             negatives=config.run.negatives,
             clock=self.clock,
             scaler=self.scaler,
+            passes=self.zero,
         )
-        self.optimizer = build_optimizer(config, self.student, self.teacher)
-        if self.plan.checkpoint is not None:
-            self._restore(self.plan.checkpoint)
         self.metrics = Metrics([])
         self.stop = StopRequest()
         run = config.run
@@ -126,6 +130,11 @@ class Trainer:
             Validation(validators, run.evaluate_every_steps),
             self.checkpointer,
         ]
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share a step."""
+        return self.ranks.world_size
 
     @property
     def finished(self) -> bool:
@@ -145,8 +154,8 @@ class Trainer:
                 for hook in self.hooks:
                     hook.after_step(self, outcome)
                 # A signal that arrives after the checkpointer's turn is answered one step later.
-                if self.stop.requested and self.checkpointer.saved_step == self.state.step:
-                    _log.info("stopped by %s at step %d", self.stop.signal_name, self.state.step)
+                if self.checkpointer.stopping and self.checkpointer.saved_step == self.state.step:
+                    _log.info("stopped by %s at step %d", self.stop.signal_name or "another rank", self.state.step)
                     break
                 watch.lap_ms()
         return self.state
@@ -190,11 +199,14 @@ class Trainer:
 
     @contextmanager
     def _keeping_steps(self) -> Iterator[None]:
-        """Bad data, or memory that runs out, is no reason to lose the steps since the last save."""
+        """Bad data, or memory that runs out, is no reason to lose the steps since the last save.
+
+        Where one of several ranks fails the others cannot take part in a save: they go back to the last one.
+        """
         try:
             yield
         except UserError:
-            if self.state.step > self.plan.state.step:
+            if self.state.step > self.plan.state.step and self.ranks.group is None:
                 self.checkpointer.save(self)
             raise
 
@@ -202,7 +214,20 @@ class Trainer:
         """The temperatures of the losses, exponentiated."""
         parameters = dict(self.student.named_parameters())
         names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
-        return {name: float(parameters[name].detach().exp()) for name in names}
+        with self.whole_student(names):
+            return {name: float(parameters[name].detach().exp()) for name in names}
+
+    def whole_student(self, names: Sequence[str] | None = None) -> AbstractContextManager[object]:
+        """In the block all of the student's parameters, or those named, are on this rank; called by every rank."""
+        return nullcontext() if self.zero is None else self.zero.whole_student(names)
+
+    def snapshot(self) -> Snapshot:
+        """All that a checkpoint holds; called by every rank, of use on rank 0 only."""
+        student, teacher = self.student.state_dict(), self.teacher.state_dict()
+        if self.zero is not None:
+            student, teacher = self.zero.weights()
+        model, optimizer = self.config.model.to_openclip(), self.optimizer.state_dict()
+        return Snapshot(student, teacher, optimizer, state=self.state, model=model, rng=rng_state())
 
     def _count_step(self, samples: int, flops: float, next_position: int, applied: bool, overflow: bool) -> None:
         state = self.state
@@ -225,23 +250,18 @@ class Trainer:
                 *(before, self.state.data),
             )
 
-    def _restore(self, folder: Path) -> None:
-        snapshot = load(folder)
-        self.student.load_reference_state_dict(snapshot.student)
-        self.teacher.load_reference_state_dict(snapshot.teacher)
-        self.optimizer.load_state_dict(snapshot.optimizer)
-        set_rng_state(snapshot.rng)
-
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """The run folder held, metrics open, stop signals caught."""
-        with self.plan.begin(self.config), self.stop:
-            self.metrics = Metrics(self._sinks())
-            try:
-                self._announce()
-                yield
-            finally:
-                self.metrics.close()
+        """Stop signals caught; on rank 0 the run folder held and metrics open."""
+        with ExitStack() as held:
+            with self.ranks.together():
+                if self.ranks.first:
+                    held.enter_context(self.plan.begin(self.config))
+                    self.metrics = Metrics(self._sinks())
+                    held.callback(self.metrics.close)
+            held.enter_context(self.stop)
+            self._announce()
+            yield
 
     def _sinks(self) -> list[Sink]:
         folder = self.plan.folder
@@ -264,6 +284,8 @@ class Trainer:
             *(self.config.name, self.state.step, self.total_steps, batch),
             *(self.precision.name, self.device, self.plan.folder),
         )
+        if self.zero is not None:
+            _log.info("%s; DeepSpeed ZeRO stage %d", topology(self.ranks), self.zero.stage)
         if self.config.compute.changes():
             _log.info("compute: %s", self.config.compute.changes())
         if warmup >= self.total_steps:

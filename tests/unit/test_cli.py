@@ -18,6 +18,7 @@ from cosmos_fast.model import create_model
 from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
+from tests.ranks import environment
 from tests.tiny_run import make_batch, tiny_config
 
 
@@ -81,10 +82,18 @@ def test_mistake_is_one_line_and_status_2_and_nothing_is_written(
     assert not out_dir.exists()
 
 
-def test_several_ranks_are_refused(monkeypatch, capfd) -> None:
+def test_half_a_launcher_is_refused(monkeypatch, capfd) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(command, ["train", "--recipe", "demo"]) == 2
-    assert "several ranks is not implemented yet" in capfd.readouterr().err
+    assert "start the run with torchrun or deepspeed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--profile", "--find-batch-size", "--dry-run"])
+def test_measuring_and_printing_are_for_one_process(option: str, monkeypatch, capfd) -> None:
+    for name, value in environment(1, 2, 1).items():
+        monkeypatch.setenv(name, value)
+    assert run(command, ["train", "--recipe", "demo", option, "--local_rank=1"]) == 2
+    assert "work on one process: start them without a launcher" in capfd.readouterr().err
 
 
 def test_statuses_of_other_ends(monkeypatch, capfd) -> None:

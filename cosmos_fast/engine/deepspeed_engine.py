@@ -1,0 +1,289 @@
+"""The one place that knows DeepSpeed: ZeRO behind the trainer's optimizer and the student's passes.
+
+To DeepSpeed the run is fp32 whatever run.precision says, because here precision is autocast: weights, masters and
+gradients are fp32 in every stage, clipping and the loss scale act in our optimizer, and a step that is not finite is
+skipped by all ranks. Gradients of a rank are its share of the global batch's; DeepSpeed takes their mean, so that they
+are multiplied by the number of ranks first.
+
+    stage 0   every rank holds everything; gradients are averaged
+    stage 1   masters, moments and teacher divided; weights whole
+    stage 2   gradients divided as well
+    stage 3   weights too: gathered module by module in the forward, all of them in the backward
+
+The teacher's forward runs on a whole copy of it, gathered after each step (stages 1 to 3).
+
+Axes: W ranks, S elements of a rank's part of one flat buffer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cosmos_fast.config import TrainConfig
+from cosmos_fast.config.deepspeed import deepspeed_json
+from cosmos_fast.engine.optimizer import StepResult
+from cosmos_fast.engine.precision import Precision
+from cosmos_fast.engine.zero_layout import FlatLayout
+from cosmos_fast.engine.zero_optimizer import STATES, ZeroAdamWEma
+from cosmos_fast.model import CosmosFeatures, CosmosModel
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.ranks import Ranks
+
+_FEATURES = ("image", "text", "image_crossmodal", "text_crossmodal", "logit_scale", "distill_logit_scale")
+
+
+class ZeroRun:
+    """Optimizer, passes and state of a run that DeepSpeed divides over ranks.
+
+    student, teacher: whole, with the weights to start from; of the student, stage 3 leaves a part on each rank.
+    optimizer_state: of a checkpoint, as state_dict() gives it.
+
+    Every method is called by all ranks together.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: CosmosModel,
+        teacher: CosmosModel,
+        precision: Precision,
+        ranks: Ranks,
+        optimizer_state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if not dist.is_initialized():
+            raise UserError(
+                "run.engine=deepspeed works where `train` has started its processes: to measure with --profile or "
+                "--find-batch-size, set run.engine=plain"
+            )
+        settings = deepspeed_json(config)
+        self.stage: int = settings["zero_optimization"]["stage"]
+        self._student, self._ranks = student, ranks
+        self._teacher = dict(teacher.named_parameters())
+        self._names = [name for name, _ in student.named_parameters()]
+        self._shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
+        self._adamw = ZeroAdamWEma(config.optimizer, student)
+        self._deepspeed = _import_deepspeed(student.logit_scale.device)
+        self._engine = self._initialize(_StudentPasses(student, precision), settings)
+        self._flats = [] if self.stage == 0 else self._find_flats()
+        if self.stage:
+            self._adamw.norm_of = lambda: self._engine.optimizer._global_grad_norm
+        self._start_state(optimizer_state)
+
+    # the student's passes
+
+    def forward(self, images: list[Tensor], texts_VBL: Tensor) -> CosmosFeatures:
+        """As the student itself."""
+        found = self._engine(images, texts_VBL)
+        if self._student.config.crossmodal:
+            return CosmosFeatures(*found)
+        image, text, logit_scale = found
+        return CosmosFeatures(image, text, None, None, logit_scale, None)
+
+    def backward(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *, last: bool = True
+    ) -> None:
+        """DeepSpeed takes scalars: one whose gradient by each tensor is the gradient given."""
+        given = [None] * len(tensors) if gradients is None else gradients
+        parts = [x if g is None else (x * g).sum() for x, g in zip(tensors, given, strict=True)]
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self.stage == 3:
+            self._gather_student()
+        self._engine.backward(torch.stack(parts).sum() * self._ranks.world_size, scale_wrt_gas=False)
+
+    def _gather_student(self) -> None:
+        """Stage 3 gathers a module's weights for its backward by hooks on the tensors that it returns. The model and
+        its towers return more than tensors, and use weights of their own: these hooks would miss them."""
+        every: list[Any] = list(self._student.parameters())
+        parted = [p for p in every if p.ds_status.name == "NOT_AVAILABLE"]
+        if parted:
+            parted[0].all_gather(parted)
+
+    # the optimizer
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of a step that was given up."""
+        self._engine.optimizer.zero_grad()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Nothing: no rank has whole gradients."""
+        return {}
+
+    def step(self, *, lr: float, ema_decay: float, loss: Tensor | None = None, loss_scale: float = 1.0) -> StepResult:
+        """As AdamWEma.step(); `loss` is the same on all ranks."""
+        loss_finite = loss is None or bool(torch.isfinite(loss))
+        self._adamw.prepare(lr=lr, ema_decay=ema_decay, loss_scale=loss_scale, loss_finite=loss_finite)
+        self._engine.step()
+        result = self._adamw.result
+        if result is None:  # DeepSpeed found a gradient that is not finite, and the step did not come to the optimizer
+            return StepResult(float("inf"), applied=False, loss_finite=loss_finite)
+        if result.applied:
+            self._gather_teacher()
+        return result
+
+    def whole_student(self, names: Sequence[str] | None = None) -> AbstractContextManager[object]:
+        """In the block the student's parameters, or those named, are whole on every rank."""
+        if self.stage < 3:
+            return nullcontext()
+        chosen = [p for name, p in self._student.named_parameters() if names is None or name in names]
+        return self._deepspeed.zero.GatheredParameters(chosen)
+
+    # the state
+
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Student and teacher whole, on the CPU; empty but on rank 0."""
+        return self._whole("master"), self._whole("teacher")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole, on the CPU, in the form of AdamWEma.state_dict(); empty but on rank 0."""
+        found = {f"{state}/{name}": t for state in STATES for name, t in self._whole(state).items()}
+        return found | {f"step/{name}": torch.tensor(self._adamw.steps) for name in self._names if self._ranks.first}
+
+    def _whole(self, state: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if self.stage == 0:
+            found = {name: self._of(p, state) for name, p in self._student.named_parameters()}
+        for master, layout in self._flats:
+            found |= layout.assemble(self._gather(self._of(master, state)))
+        return {name: found[name].detach().cpu().clone() for name in self._names} if self._ranks.first else {}
+
+    def _of(self, master: Tensor, state: str) -> Tensor:
+        return master.detach() if state == "master" else self._adamw.state[master][state]
+
+    def _start_state(self, stored: Mapping[str, Tensor] | None) -> None:
+        if stored is not None:
+            self._adamw.steps = _common_steps(stored, self._names)
+        by_state = {s: {n: stored[f"{s}/{n}"] for n in self._names} for s in STATES} if stored is not None else None
+        if self.stage == 0:
+            for name, p in self._student.named_parameters():
+                moments = None if by_state is None else {s: by_state[s][name].to(p).clone() for s in STATES}
+                self._adamw.start_state(p, self._teacher[name].data, moments)
+        rank, count = self._ranks.rank, self._ranks.world_size
+        for master, layout in self._flats:
+            teacher = layout.part(self._teacher, rank, master.data, count)
+            moments = None
+            if by_state is not None:
+                moments = {s: layout.part(by_state[s], rank, master.data, count) for s in STATES}
+            self._adamw.start_state(master, teacher, moments)
+
+    def _gather_teacher(self) -> None:
+        """The whole copy that the teacher's forward pass runs on; in stage 0 it is the average itself."""
+        for master, layout in self._flats:
+            for name, whole in layout.assemble(self._gather(self._of(master, "teacher"))).items():
+                self._teacher[name].data.copy_(whole)
+
+    def _gather(self, part_S: Tensor) -> Tensor:
+        """[S] of each rank -> [W, S], on the device of the ranks' collectives."""
+        own = part_S.detach().to(self._ranks.device).contiguous()
+        if self._ranks.group is None:
+            return own.unsqueeze(0)
+        parts = own.new_empty(self._ranks.world_size * len(own))
+        dist.all_gather_into_tensor(parts, own, group=self._ranks.group)
+        return parts.view(self._ranks.world_size, -1)
+
+    # DeepSpeed
+
+    def _initialize(self, model: nn.Module, settings: dict[str, Any]) -> Any:
+        # DeepSpeed takes this for the number of the GPU, which it is not where each process sees its own GPU only.
+        device = self._student.logit_scale.device
+        os.environ["LOCAL_RANK"] = str(self._ranks.local_rank if device.index is None else device.index)
+        try:
+            with self._equal_weights(), self._scalars_as_vectors():
+                engine, *_ = self._deepspeed.initialize(
+                    model=model, optimizer=self._adamw, config=settings, dist_init_required=False
+                )
+        except (ValueError, AssertionError) as error:  # pydantic's errors are ValueErrors
+            detail = " ".join(str(error).split())
+            raise UserError(
+                f"DeepSpeed refuses its configuration ({detail}): change the keys under `deepspeed`"
+            ) from None
+        return engine
+
+    @contextmanager
+    def _equal_weights(self) -> Iterator[None]:
+        """Rank 0's weights for all. DeepSpeed's own broadcast, which is off in the block, cannot send a scalar."""
+        if self._ranks.group is not None:
+            for parameter in (*self._student.parameters(), *self._teacher.values()):
+                dist.broadcast(parameter.data, 0, group=self._ranks.group)
+        engine_type = self._deepspeed.DeepSpeedEngine
+        broadcast, engine_type._broadcast_model = engine_type._broadcast_model, lambda engine: None
+        try:
+            yield
+        finally:
+            engine_type._broadcast_model = broadcast
+
+    @contextmanager
+    def _scalars_as_vectors(self) -> Iterator[None]:
+        """Stage 3 cannot send scalars either, and remembers shapes: here they have one axis, afterwards none."""
+        scalars = [p for p in self._student.parameters() if p.ndim == 0] if self.stage == 3 else []
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        yield
+        for parameter in scalars:
+            parameter.ds_shape = torch.Size([])  # type: ignore[attr-defined]
+
+    def _find_flats(self) -> list[tuple[Tensor, FlatLayout]]:
+        """This rank's fp32 masters, and what lies where in them."""
+        zero, names = self._engine.optimizer, {id(p): name for name, p in self._student.named_parameters()}
+        whole_groups = self.stage < 3
+        masters = zero.single_partition_of_fp32_groups if whole_groups else zero.fp32_partitioned_groups_flat
+        groups = zero.round_robin_bit16_groups if whole_groups else zero.fp16_groups
+        found = []
+        for master, group in zip(masters, groups, strict=True):
+            own = [names[id(p)] for p in group]
+            shares = None if whole_groups else [p.partition_numel() for p in group]
+            found.append((master, FlatLayout.of(own, [self._shapes[name] for name in own], shares)))
+        return found
+
+
+class _StudentPasses(nn.Module):
+    """The student as DeepSpeed wants a module: tensors out, autocast inside."""
+
+    def __init__(self, student: CosmosModel, precision: Precision) -> None:
+        super().__init__()
+        self.student, self._precision = student, precision
+
+    def forward(self, images: list[Tensor], texts_VBL: Tensor) -> tuple[Tensor, ...]:
+        with self._precision.autocast():
+            found = self.student(images, texts_VBL)
+        return tuple(value for name in _FEATURES if (value := getattr(found, name)) is not None)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, for this kind of device.
+
+    Raises:
+        UserError: it is not installed, or cannot be imported.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"run.engine=deepspeed, which training on several ranks needs, but DeepSpeed cannot be imported ({error}): "
+            "pip install 'cosmos-fast[deepspeed]'"
+        ) from None
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Collectives through shared memory, which DeepSpeed would compile for a minute, with a compiler that may not exist.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _common_steps(stored: Mapping[str, Tensor], names: Sequence[str]) -> int:
+    """UserError where the parameters of a checkpoint have not all taken the same number of steps."""
+    steps = {int(stored[f"step/{name}"]) for name in names}
+    if len(steps) != 1:
+        raise UserError(
+            f"the checkpoint's parameters have taken {min(steps)} to {max(steps)} steps, which DeepSpeed's flat "
+            "buffers cannot tell apart: continue it with run.engine=plain"
+        )
+    return steps.pop()
