@@ -153,7 +153,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch, capsys) -
     def full(*arguments: object, **settings: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr("cosmos_fast.engine.trainer.create_model", full)
+    monkeypatch.setattr("cosmos_fast.engine.build.create_model", full)
     shards = write_shards(tmp_path / "shards", (6,))
     settings = [*TINY, f"run.out_dir={tmp_path / 'runs'}", f"data.train=[{{path: {shards}}}]", "data.workers=0"]
     assert run(command, ["train", "--recipe", "demo", "--profile", *(f"--set={setting}" for setting in settings)]) == 2
