@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cosmos_fast.loss import objective
+from cosmos_fast.loss import ClipLoss, CosmosLoss, build_objective, objective
 from cosmos_fast.utils.collectives import ALL_GATHER, REDUCE_SCATTER
+from cosmos_fast.utils.errors import UserError
 from tests.distributed.loss_runs import DIM, GLOBAL_BATCH, POISONED, SCALES, run_loss, run_rank
 from tests.ranks import run_ranks
+from tests.tiny_run import tiny_config
 
 WORLDS = (2, 4)
 
@@ -74,6 +76,18 @@ def test_on_request_the_gradient_is_the_originals(ranks: list[dict[str, Any]]) -
     found = added_up(ranks, "original")
     for name in SCALES:
         assert float(found[name]) == pytest.approx(float(ranks[0]["theirs"]["gradients"][name]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("recipe", "kind"), [("demo", CosmosLoss), ("demo_clip", ClipLoss)])
+def test_a_run_says_which_gradient_it_wants(recipe: str, kind: type, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, recipe=recipe)
+    loss = build_objective(config)
+    assert type(loss) is kind
+    assert (loss.tower_gradients, loss.traffic.total_calls) == ("exact", 0)
+    config = tiny_config(tmp_path, "run.tower_gradients=original", recipe=recipe)
+    assert build_objective(config).tower_gradients == "original"
+    with pytest.raises(UserError, match=r"'run\.tower_gradients' is 'half'"):
+        tiny_config(tmp_path, "run.tower_gradients=half")
 
 
 @pytest.mark.slow
