@@ -114,10 +114,11 @@ def test_stages_divide_what_they_say() -> None:
     part = 4 * -(-PARAMETERS // ranks)
     assert [each["optimizer"] for each in found] == [2 * one, 2 * part, 2 * part, 2 * part]
     assert [each["masters"] for each in found] == [0, part, part, part]
-    assert [each["weights"] for each in found] == [one, one, one, part]
+    assert [each["weights"] for each in found] == [one, one, one, one + part]  # gathered and kept
     totals = [sum(each.values()) for each in found]
-    assert totals == sorted(totals, reverse=True)
-    assert totals[3] < totals[0] / 2
+    assert totals[:3] == sorted(totals[:3], reverse=True)
+    large = [state_bytes(paper(), 10 * PARAMETERS, layout(ranks, stage, precision="fp32")) for stage in (2, 3)]
+    assert large[1]["weights"] * ranks == pytest.approx(large[0]["weights"])
     halves = state_bytes(paper(), PARAMETERS, layout(ranks, 0, precision="bf16"))
     assert halves["weights"] == one + 2 * PARAMETERS  # autocast's copies
 
@@ -129,6 +130,19 @@ def test_gradients_are_added_up_once_a_step_or_once_a_micro_batch() -> None:
     ]
     assert sizes == [4 * PARAMETERS, 4 * PARAMETERS, 16 * PARAMETERS, 16 * PARAMETERS]
     assert state_transfers(paper(), PARAMETERS, layout(1, stage=3)) == []
+
+
+def test_deepspeeds_own_keys_count() -> None:
+    chosen = layout(8, stage=1)
+    plain, other = (
+        purposes(state_transfers(paper(*overrides), PARAMETERS, chosen))["gradients"]
+        for overrides in (
+            (),
+            ("deepspeed.communication_data_type=bf16", "deepspeed.zero_optimization.reduce_bucket_size=10000000"),
+        )
+    )
+    assert (plain.calls, other.calls) == (4, 16)
+    assert plain.full_bytes == 2 * other.full_bytes
 
 
 def test_time_of_the_computing_by_hand() -> None:

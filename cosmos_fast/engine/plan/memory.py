@@ -7,9 +7,11 @@ copy of the weights from forward to backward. Bytes for each of P parameters on 
     0           4         -          4         8        4            -
     1           4        4/W      4 + 4/W     8/W      4/W           4
     2           4        4/W        8/W       8/W      4/W           4
-    3          4/W       4/W        8/W       8/W      4/W           4
+    3        4 + 4/W     4/W        8/W       8/W      4/W           4
 
-From stage 1 on, gradients are brought together in buckets first; the optimizer is given a copy of a rank's part.
+Stage 3 gathers the weights and, of a model below a thousand million parameters, keeps them until the backward pass is
+through; of a larger one it has a few blocks at a time. From stage 1 on, gradients are brought together in buckets
+first; the optimizer is given a copy of a rank's part.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.engine.estimate import activation_values, remade_values
 from cosmos_fast.engine.plan.layout import Layout
-from cosmos_fast.engine.plan.traffic import bucket_values, term_views
+from cosmos_fast.engine.plan.traffic import REUSED_VALUES, bucket_values, term_views
 
 # Batches on the GPU at a time: the one at work, and the one on its way.
 _BATCHES = 2
@@ -36,8 +38,9 @@ def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[st
     buckets = 4 * min(bucket_values(config), parameters) if stage >= 1 else 0
     casts = 2 * parameters if layout.value_bytes == 2 else 0
     teacher = (own + (whole if stage >= 1 else 0)) if config.objective == "cosmos" else 0
+    gathered = whole if stage == 3 and parameters < REUSED_VALUES else 0
     return {
-        "weights": (own if stage == 3 else whole) + casts,
+        "weights": (own + gathered if stage == 3 else whole) + casts,
         "masters": own if stage >= 1 else 0,
         "gradients": gradients + buckets,
         "optimizer": 2 * own,

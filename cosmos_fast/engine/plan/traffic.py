@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cosmos_fast.config import TrainConfig
+from cosmos_fast.config.deepspeed import deepspeed_json
 from cosmos_fast.engine.plan.layout import Layout
 
 Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
@@ -23,7 +24,6 @@ Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 REUSED_VALUES = 1_000_000_000
 # The optimizer's groups, a flat buffer each: with weight decay, without, scales of the losses.
 GROUPS = 3
-BUCKET_VALUES = 50_000_000
 _STATE_BYTES = 4  # weights, gradients and teacher are fp32
 # Pairs of fields of the original's features, each gathered anew for each pair of views.
 ORIGINAL_GATHERS = 160
@@ -98,7 +98,7 @@ def original_loss_bytes(config: TrainConfig, layout: Layout) -> float:
 
 def bucket_values(config: TrainConfig) -> int:
     """Gradients that are added up in one collective."""
-    return BUCKET_VALUES
+    return int(deepspeed_json(config)["zero_optimization"]["reduce_bucket_size"])
 
 
 def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> list[Transfer]:
@@ -111,7 +111,8 @@ def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> lis
     rounds = micro if layout.stage >= 2 else 1
     # DeepSpeed adds up whole buckets on every rank in the stages 1 and 2 too, each rank keeps its part.
     kind: Kind = "reduce_scatter" if layout.stage == 3 else "all_reduce"
-    found = [Transfer("gradients", kind, rounds * buckets, rounds * size, "backward")]
+    narrow = deepspeed_json(config).get("communication_data_type", "fp32") != "fp32"
+    found = [Transfer("gradients", kind, rounds * buckets, rounds * size // (2 if narrow else 1), "backward")]
     if layout.stage in (1, 2):
         found.append(Transfer("weights after the step", "all_gather", GROUPS, size))
     elif layout.stage == 3:
