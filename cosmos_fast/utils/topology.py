@@ -50,8 +50,7 @@ def launcher(environ: Mapping[str, str] | None = None) -> str:
 def _host_names(ranks: Ranks) -> list[str]:
     """Of every rank, cut to 64 bytes."""
     own = socket.gethostname().encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
-    sent = torch.tensor(list(own), dtype=torch.uint8, device=ranks.device)
-    found = sent.new_empty(ranks.world_size * _NAME_BYTES)
-    dist.all_gather_into_tensor(found, sent, group=ranks.group)
-    rows = found.cpu().view(ranks.world_size, _NAME_BYTES).tolist()
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    sent = torch.tensor(list(own), dtype=torch.uint8)
+    found = [torch.empty_like(sent) for _ in range(ranks.world_size)]
+    dist.all_gather(found, sent, group=ranks.control)
+    return [bytes(name.tolist()).rstrip(b"\0").decode(errors="replace") for name in found]

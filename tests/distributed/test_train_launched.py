@@ -35,6 +35,7 @@ def train(folder: Path, shards: Path, launcher: tuple[str, ...], *arguments: str
     """A run named "run" in `folder`; returns when it has ended, whatever its status."""
     settings = (*TINY, f"data.train={shards / 'train'}", f"run.out_dir={folder}", "name=run", f"run.batch_size={BATCH}")
     settings += ("model.text.vocab_size=49408", "model.text.context_length=77", "data.workers=1")
+    settings += (f"evaluate.data={shards / 'heldout'}",)
     listed = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", *launcher, "cosmos_fast.cli.train", "--recipe", "demo", *listed, *arguments]
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
@@ -51,9 +52,13 @@ def test_two_ranks_train_and_the_run_goes_on_with_two_and_with_one(shards: Path,
     for launcher, arguments in parts:
         done = train(tmp_path, shards, launcher, *arguments)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert "run: finished at step" in done.stderr
+        assert "is deprecated" not in done.stderr
+        assert ("2 ranks on " in done.stderr and ", gloo, started by torchrun" in done.stderr) == bool(launcher)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row["samples_seen"] for row in rows] == [4, 8, 12, 16, 18]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert [row["samples_seen"] for row in rows if row["kind"] == "train"] == [4, 8, 12, 16, 18]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [2, 4, 5]
     log = (tmp_path / "run" / "log.txt").read_text()
     assert [int(stage) for stage in re.findall(r"2 ranks on .*gloo, started by torchrun; .*stage (\d)", log)] == [2, 3]
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step_*"))[-1]
