@@ -147,11 +147,8 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     from cosmos_fast.engine.run_folder import RunPlan, plan_run
     from cosmos_fast.engine.trainer import Trainer
     from cosmos_fast.utils.ranks import device_of_rank, joined_ranks
-    from cosmos_fast.utils.topology import topology
 
     with joined_ranks(config.run.device, always=config.run.engine == "deepspeed") as ranks, ExitStack() as opened:
-        if ranks.world_size > 1:
-            _log.info(topology(ranks))
         plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
         with ranks.together(), out_of_memory_explained(config):
             device = resolve_device(device_of_rank(config.run.device, ranks))

@@ -54,7 +54,6 @@ def test_two_ranks_train_and_the_run_goes_on_with_two_and_with_one(shards: Path,
         assert done.returncode == 0, done.stderr[-3000:]
         assert "run: finished at step" in done.stderr
         assert "is deprecated" not in done.stderr
-        assert ("2 ranks on " in done.stderr and ", gloo, started by torchrun" in done.stderr) == bool(launcher)
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert [row["samples_seen"] for row in rows if row["kind"] == "train"] == [4, 8, 12, 16, 18]
