@@ -44,18 +44,26 @@ class Side:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, threads))  # may have children: no daemon
         self._process.start()
+        self._is_ready = False
         theirs.close()
 
     def lap(self, batches: int, *, ahead: int = 0) -> Lap:
         """Take so many batches. ahead: taken before the clock starts, to empty the buffers."""
+        if not self._is_ready:  # it starts while the others do, however long that takes
+            self._hear()
+            self._is_ready = True
         before_s = self._rest()
+        with suppress(OSError):
+            self._pipe.send((ahead, batches))
+        return Lap(self._hear(), self._rest() - before_s)
+
+    def _hear(self) -> float:
         told: Any = "its process died; its error stands above"
         with suppress(EOFError, OSError):
-            self._pipe.send((ahead, batches))
             told = self._pipe.recv()
         if not isinstance(told, float):
             raise RuntimeError(f"{self.name}: {told}")
-        return Lap(told, self._rest() - before_s)
+        return told
 
     def _rest(self) -> float:
         assert self._process.pid is not None
@@ -79,10 +87,11 @@ class Side:
 
 
 def _serve(pipe: Connection, make: Make, threads: int) -> None:
-    """What runs in the process of a side."""
+    """What runs in the process of a side. Tells 0 seconds when it is ready, then those of every lap."""
     torch.set_num_threads(threads)
     try:
         batches = make()
+        pipe.send(0.0)
         try:
             while (asked := pipe.recv()) is not None:
                 ahead, count = asked

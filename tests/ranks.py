@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 300.0  # of whatever the ranks wait for: a failure, never a measure of speed
-PRELOADED = ["torch.distributed", "cosmos_fast.engine.trainer"]
+# By the process that all others are forks of. One such process serves all tests: these are for all of them.
+PRELOADED = ["torch.distributed", "cosmos_fast.engine.trainer", "cosmos_fast.cli.train", "cosmos_fast.data.loader"]
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from cosmos_fast.engine.checkpoint import Snapshot
 from cosmos_fast.engine.rng import rng_state, set_rng_state
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.utils.errors import UserError
+from tests.ranks import PRELOADED
 
 MODEL = {"embed_dim": 4}
 
@@ -179,36 +181,31 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert [path.name for path in root.iterdir()] == ["step_00000002"]
 
 
-SAVE_FOREVER = """
-import sys, torch
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from tests.unit.test_checkpoint import snapshot
-from cosmos_fast.engine import checkpoint
-step = int(sys.argv[2])
-while True:
-    step += 1
-    checkpoint.save(Path(sys.argv[1]), snapshot(step, size=200_000), keep=2)
-    print(step, flush=True)
-"""
+def save_forever(folder: Path, step: int, told: Connection) -> None:
+    while True:
+        step += 1
+        checkpoint.save(folder, snapshot(step, size=200_000), keep=2)
+        told.send(step)
 
 
 @pytest.mark.slow
 def test_kill_during_a_save(tmp_path: Path) -> None:
     """Killed at a random moment of an endless row of saves, the last completed one is whole."""
     done = 0
-    program = SAVE_FOREVER.format(tests=str(Path(__file__).parents[2]))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     for count in (3, 5):
-        process = subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path), str(done)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=save_forever, args=(tmp_path, done, there))
+        process.start()
+        there.close()
         for _ in range(count):
-            done = int(process.stdout.readline())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        with process.stdout as stdout:  # what it said until then: the kill may have come late
-            done = max([done, *map(int, stdout)])
+            done = here.recv()
+        process.kill()
+        process.join()
+        with here, contextlib.suppress(EOFError):
+            while True:  # what it said until then: the kill may have come late
+                done = here.recv()
         newest = checkpoint.newest_valid(tmp_path)
         assert newest is not None
         state = checkpoint.load(newest).state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -25,6 +26,7 @@ from cosmos_fast.cli import bench
 from cosmos_fast.cli.main import run
 from cosmos_fast.utils import memory
 from tests.hand_clock import HandClock
+from tests.ranks import PRELOADED
 
 ROW = Row(
     name="toy",
@@ -131,7 +133,12 @@ def touch_mib(size: int) -> None:
         del block
 
 
-def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before() -> None:
+def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context = multiprocessing.get_context("forkserver")  # as fresh as a spawned one, with torch imported
+    context.set_forkserver_preload(PRELOADED)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
     work = partial(touch_mib, 96)
     peak = peak_mib(work, settle=partial(touch_mib, 1))
     assert 90 <= peak <= 110
@@ -192,7 +199,8 @@ def test_inputs_of_a_step_have_the_lengths_that_the_shape_says() -> None:
     assert torch.equal(texts, shape.texts(seed=3))
 
 
-def test_a_whole_step_is_measured_after_both_sides_agree(tmp_path: Path) -> None:
+def test_a_whole_step_is_measured_after_both_sides_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "matmul_flops_per_s", lambda device, dtype: 1e11)
     out = tmp_path / "step.json"
     arguments = ["step", "--width", "64", "--layers", "1", "--batch", "2", "--device", "cpu"]
     result = CliRunner().invoke(bench.command, [*arguments, "--no-memory", "--profile", "--out", str(out)])

@@ -103,13 +103,12 @@ def measure(shards: Path, changes: dict[str, Any], answer: Connection) -> None:
 def test_memory_does_not_grow_over_10000_samples(shards: Path, kind: str, workers: int) -> None:
     """By the least that was held at any look in the first and in the last quarter: batches come and go between.
 
-    Twice if need be: what is kept of samples grows every time, a page that a worker copies once does not.
+    Three times if need be: what is kept of samples grows every time, a page that a worker copies once does not.
     """
-    changes = {"loader": kind, "workers": workers}
-    held = looks(shards, changes)
-    if not is_bounded(held):
-        held = looks(shards, changes)
-    assert is_bounded(held), held
+    found: list[list[int]] = []
+    while len(found) < 3 and not any(map(is_bounded, found)):
+        found.append(looks(shards, {"loader": kind, "workers": workers}))
+    assert is_bounded(found[-1]), found
 
 
 def looks(shards: Path, changes: dict[str, Any]) -> list[int]:
