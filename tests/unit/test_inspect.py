@@ -156,3 +156,8 @@ def test_no_usable_sample_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     write_tar(tmp_path / "0.tar", {"a.jpg": b"no picture", "a.json": b"{}"})
     assert run(command, ["data", "inspect", str(tmp_path)]) == 2
     assert "no usable sample" in capsys.readouterr().err
+
+
+def test_a_caption_that_just_fits_the_context_is_not_cut() -> None:
+    found = inspect.Survey("x", 1, 0, 1, 0, context_length=77, global_tokens=[76, 77, 78], local_tokens=[77])
+    assert found.cut() == [("global captions", 1, 3), ("local captions", 0, 1)]
