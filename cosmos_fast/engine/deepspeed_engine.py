@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -264,7 +265,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     try:
         import deepspeed
     except ImportError as error:
@@ -272,7 +274,8 @@ def _import_deepspeed(device: torch.device) -> Any:
             f"run.engine=deepspeed, which training on several ranks needs, but DeepSpeed cannot be imported ({error}): "
             "pip install 'cosmos-fast[deepspeed]'"
         ) from None
-    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # What it warns of is known: an optimizer that it has not tried, modules that return more than tensors.
+    deepspeed.utils.logger.setLevel(logging.ERROR)
     # Collectives through shared memory, which DeepSpeed would compile for a minute, with a compiler that may not exist.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

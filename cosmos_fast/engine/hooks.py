@@ -102,16 +102,24 @@ class NonfiniteGuard:
 
 
 class Validation:
-    """Runs the validators every so many steps and at the end, without leaving a trace in the training."""
+    """Runs the validators every so many steps and at the end, without leaving a trace in the training.
+
+    Rank 0 runs its own; other ranks may have none, and wait.
+    """
 
     def __init__(self, validators: Sequence[Validator], every_steps: int) -> None:
         self._validators = validators
         self._every_steps = every_steps
+        self._on_any_rank: bool | None = None
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
-        """Write one "eval" row with the numbers of all validators, which rank 0 runs while the others wait."""
+        """Write one "eval" row with the numbers of all validators."""
         step = trainer.state.step
-        if not self._validators or not _due(step, self._every_steps, trainer.finished):
+        if not _due(step, self._every_steps, trainer.finished):
+            return
+        if self._on_any_rank is None:
+            self._on_any_rank = trainer.ranks.any(bool(self._validators))
+        if not self._on_any_rank:
             return
         with trainer.whole_student(), trainer.ranks.together():
             if trainer.ranks.first:
