@@ -11,11 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
-from cosmos_fast.config import TrainConfig
+import torch
+
+from cosmos_fast.config import ModelConfig, TrainConfig
 from cosmos_fast.config.deepspeed import deepspeed_json
 from cosmos_fast.engine.plan.layout import Layout
+from cosmos_fast.model import create_model
 
 Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 
@@ -120,6 +124,16 @@ def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> lis
         passes += micro - 1 if layout.all_negatives else 0
         blocks = config.model.vision.layers + config.model.text.layers
         found.append(Transfer("weights, block by block", "all_gather", passes * blocks, passes * size, "student"))
+        found.append(Transfer("embeddings after the step", "all_gather", 1, _STATE_BYTES * _kept_whole(config.model)))
     if layout.stage >= 1 and config.objective == "cosmos":
         found.append(Transfer("teacher after the step", "all_gather", GROUPS, size))
     return found
+
+
+@cache
+def _kept_whole(model: ModelConfig) -> int:
+    """Parameters that stage 3 keeps gathered from step to step: those that the towers use without calling a module."""
+    with torch.device("meta"):
+        made = create_model(model)
+    kept = [*made.parameters(recurse=False), *made.visual.parameters(recurse=False), made.visual.conv1.weight]
+    return sum(parameter.numel() for parameter in kept)
