@@ -88,6 +88,7 @@ class Life:
 
 def _train(arguments: list[str], log: Path, hold: int | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as where the command runs by itself
     sys.stdout = sys.stderr = log.open("x", buffering=1)
     logging.getLogger("cosmos_fast").handlers.clear()  # of this process's former tests
     train_step = Trainer.train_step
