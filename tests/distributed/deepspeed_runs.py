@@ -35,7 +35,10 @@ class Case:
 CLIPPED = "optimizer.clip_norm=0.5"
 MICRO = ("run.accumulate_steps=2", CLIPPED)
 CASES = {
-    **{f"stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", CLIPPED)) for stage in range(4)},
+    **{
+        f"stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", CLIPPED, "run.evaluate_every_steps=8"))
+        for stage in range(4)
+    },
     **{
         f"all_stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *MICRO, "run.negatives=all"), steps=3)
         for stage in (0, 2, 3)
@@ -88,6 +91,12 @@ class RankLoader(FakeLoader):
             yield replace(whole, images=images, texts=whole.texts[:, own], keys=whole.keys[own], next_position=position)
 
 
+def norms(step: int, student: torch.nn.Module, teacher: torch.nn.Module) -> dict[str, float]:
+    """A validator: how large the whole models are."""
+    models = {"student_norm": student, "teacher_norm": teacher}
+    return {name: float(torch.cat([p.flatten() for p in model.parameters()]).norm()) for name, model in models.items()}
+
+
 def run_case(name: str, folder: Path, ranks: Ranks, *more: str) -> dict[str, object]:
     """Train; student, teacher and optimizer whole, and the rows of the metrics."""
     case = CASES[name]
@@ -108,7 +117,8 @@ def run_case(name: str, folder: Path, ranks: Ranks, *more: str) -> dict[str, obj
         assert first.state.step == case.resumed_at, first.state
     config = config_of(name, folder, ranks.world_size, *more)
     plan = plan_run(config, "auto" if case.resumed_at is not None and not more else None)
-    trainer = Trainer(config, RankLoader(config, ranks, plan.state.position, case.poisoned), plan=plan, ranks=ranks)
+    loader, validators = RankLoader(config, ranks, plan.state.position, case.poisoned), (norms,) if ranks.first else ()
+    trainer = Trainer(config, loader, validators, plan=plan, ranks=ranks)
     trainer.fit()
     kept = trainer.snapshot()
     rows = read_rows(plan.metrics_file)

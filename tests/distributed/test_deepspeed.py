@@ -56,6 +56,10 @@ def off(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
     return float((a - b).norm() / b.norm())
 
 
+def rows_of(run: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
+    return [row for row in run["rows"] if row["kind"] == kind]
+
+
 def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> None:
     for part in ("student", "teacher"):
         assert off(found[part], expected[part]) < tolerance, part
@@ -64,7 +68,7 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: 
     steps = [{k: int(v) for k, v in run["optimizer"].items() if k.startswith("step/")} for run in (found, expected)]
     assert steps[0] == steps[1]
     assert found["state"] == pytest.approx(expected["state"])
-    for own, other in zip(found["rows"], expected["rows"], strict=True):
+    for own, other in zip(rows_of(found), rows_of(expected), strict=True):
         for name in ("step", "loss", "clip_loss", "distill_loss", "lr", "ema_decay", "grad_norm", "logit_scale"):
             assert own[name] == pytest.approx(other[name], rel=10 * tolerance, nan_ok=True), (own["step"], name)
 
@@ -72,9 +76,14 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: 
 @pytest.mark.parametrize("stage", range(4))
 def test_twenty_steps_are_those_of_one_process(stage: int, folder: Path, alone: Any) -> None:
     found, expected = torch.load(folder / f"stage{stage}.pt"), alone("stage0")
-    assert len(found["rows"]) == STEPS
-    assert max(row["grad_norm"] for row in expected["rows"]) > 0.5  # clipping does something
+    assert len(rows_of(found)) == STEPS
+    assert max(row["grad_norm"] for row in rows_of(expected)) > 0.5  # clipping does something
     assert_same_run(found, expected)
+    assert all(row["data_ms_slowest_rank"] >= row["data_ms"] for row in rows_of(found))
+    validated = [[row[name] for name in ("step", "student_norm", "teacher_norm")] for row in rows_of(found, "eval")]
+    assert [row[0] for row in validated] == [8, 16, 20]
+    alone_too = [[row[name] for name in ("step", "student_norm", "teacher_norm")] for row in rows_of(expected, "eval")]
+    assert validated == [pytest.approx(row, rel=1e-5) for row in alone_too]
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -92,7 +101,7 @@ def test_micro_batches_of_all_ranks(name: str, folder: Path, alone: Any) -> None
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_all_ranks_skip_the_step_that_is_bad_on_one(stage: int, folder: Path, alone: Any) -> None:
     found = torch.load(folder / f"bad_stage{stage}.pt")
-    assert [row["skipped"] for row in found["rows"]] == [0] * BAD_STEP + [1] * (4 - BAD_STEP)
+    assert [row["skipped"] for row in rows_of(found)] == [0] * BAD_STEP + [1] * (4 - BAD_STEP)
     assert {int(value) for name, value in found["optimizer"].items() if name.startswith("step/")} == {3}
     expected = alone("bad_stage0")
     assert off(found["student"], expected["student"]) < 1e-5
@@ -102,7 +111,7 @@ def test_all_ranks_skip_the_step_that_is_bad_on_one(stage: int, folder: Path, al
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_exactly(stage: int, folder: Path, alone: Any) -> None:
     found = torch.load(folder / f"resumed_stage{stage}.pt")
-    assert [row["step"] for row in found["rows"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows_of(found)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(found, alone("resumed_stage1"))
 
 
