@@ -79,7 +79,16 @@ def optimizer():
     return [get("optimizer", metric, field, name) for field in ("ratio", "bar") for name in (LOOP, FUSED)]
 
 
-PERFORMANCE, KERNELS, README = "docs/performance.md", "docs/kernels.md", "README.md"
+def loader(kind):
+    metric = f"cpu_ms_per_sample/{kind}"
+    return [get("loader", "original_cpu_ms_per_sample"), get("loader", metric), *against_bar("loader", metric)]
+
+
+def tokenizer():
+    return [get("tokenizer", "plain_batch_ms"), get("tokenizer", "batch_ms"), *against_bar("tokenizer", "batch_ms")]
+
+
+PERFORMANCE, KERNELS, DATA, README = "docs/performance.md", "docs/kernels.md", "docs/data.md", "README.md"
 # Document, how a line begins, the numbers that follow on it.
 QUOTED = [
     (PERFORMANCE, "| teacher |", lambda: phase("teacher")),
@@ -134,6 +143,16 @@ QUOTED = [
         "| AdamW + EMA + clipping, 41 M parameters, against torch's AdamW and a loop; fused AdamW and foreach |",
         optimizer,
     ),
+    (DATA, "| processor time a sample, PIL loader, ms |", lambda: loader("pil")),
+    (DATA, "| the same, DALI loader |", lambda: loader("dali")),
+    (DATA, "| captions to ids, 512 captions, against plain Python, ms |", tokenizer),
+    (
+        DATA,
+        "A step of 1.5 s that such a loader feeds on the same two cores took",
+        lambda: [ratio("loader", "fed_step_ms/pil")],
+    ),
+    (DATA, "it waited for", lambda: [get("loader", f"stall_pct/{kind}") for kind in ("pil", "dali")]),
+    (README, "| JPEGs to batches, processor time a sample |", lambda: loader("pil")[:3]),
     (
         README,
         "| training step, width 192, 4 + 4 blocks, 16 samples of 8 + 8 views |",
