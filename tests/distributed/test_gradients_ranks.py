@@ -104,8 +104,9 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(
         for name, grad in expected["gradients"].items():
             assert off(rank["gradients"][name], grad) < 1e-5, name
         torch.testing.assert_close(rank["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(rank["norms"][:2], expected["norms"][:2], rtol=1e-5, atol=0.0)
         # Adam makes steps of the rounding of gradients that are zero, such as those of the keys' biases.
+        exact = STEPS if world == 2 else 2
+        torch.testing.assert_close(rank["norms"][:exact], expected["norms"][:exact], rtol=1e-5, atol=0.0)
         torch.testing.assert_close(rank["norms"], expected["norms"], rtol=1e-4, atol=0.0)
         for name in ("student", "teacher"):  # how far three steps have moved them
             origin = expected[f"first {name}"]
