@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -55,3 +57,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker(pytest.mark.skip(reason="long: runs in .ci/run, or with COSMOS_LONG_TESTS=1"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_ends_with_its_test() -> Iterator[None]:
+    """What a command sets up writes to the stderr of its test, which is closed when the next one comes."""
+    logger = logging.getLogger("cosmos_fast")
+    before = logger.level, logger.propagate, logger.handlers[:]
+    yield
+    level, logger.propagate, logger.handlers[:] = before
+    logger.setLevel(level)  # which also forgets what loggers below it have found out
