@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 import zlib
@@ -39,6 +40,9 @@ class Split:
 
 
 MakeLoader = Callable[[Split, int, int], Loader]  # split, rank, start position
+
+# For lives that differ: global batches of 5 to 20 samples.
+SPLITS = (Split(1, 2, 12), Split(2, 1, 6), Split(3, 0, 4), Split(4, 1, 3), Split(2, 2, 5), Split(1, 0, 7))
 
 
 class Run:
@@ -101,6 +105,30 @@ class Run:
                 batches += [(note["position"], rank, note) for note in kept]
         batches.sort(key=lambda batch: batch[:2])
         return [tuple(sample) for _, _, note in batches for sample in note["samples"]]
+
+
+def killed_at_random(run: Run, seed: int, samples: int) -> list[tuple[str, int]]:
+    """What a run has seen, at least so many samples, whose every life but the last was killed.
+
+    Each ends at a random step, a random moment after it, and the next has other ranks, workers and batches.
+    """
+    chance = random.Random(seed)
+    while len(run.starts) < 3 or run.position < samples:
+        assert len(run.starts) < 60, "lives that get nowhere"
+        split, last_step, delay = chance.choice(SPLITS), chance.randrange(9), chance.random() * 0.02
+        furthest = run.position + (last_step + 3) * split.ranks * split.batch_size  # for a slow machine
+
+        def moment(steps: int, last_step: int = last_step, delay: float = delay) -> bool:
+            if steps < last_step:
+                return False
+            time.sleep(delay)
+            return True
+
+        run.live(split, stop=furthest, when=moment)
+    run.live(chance.choice(SPLITS), stop=run.position + 20)
+    history = run.history()
+    assert len(history) >= samples
+    return history
 
 
 def _train(run: Run, life: int, split: Split, rank: int, stop: int, barrier: Barrier, until_killed: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from pathlib import Path
@@ -14,13 +13,12 @@ from cosmos_fast.data import dali_pipeline
 from cosmos_fast.data.identity import data_identity
 from cosmos_fast.data.index import open_source
 from cosmos_fast.data.loader import Loader, build_loader
-from tests.lives import Run, Split, is_running
+from tests.lives import Run, Split, is_running, killed_at_random
 from tests.loaders import LOADERS
 from tests.shards import sample, write_shards, write_tar
 
 SAMPLES = 101  # no multiple of any batch below: epochs end in the middle of a batch
 VIEWS = ViewsConfig(global_crops=1, local_crops=1, global_captions=1, local_captions=1, local_image_size=8)
-SPLITS = (Split(1, 2, 12), Split(2, 1, 6), Split(3, 0, 4), Split(4, 1, 3), Split(2, 2, 5), Split(1, 0, 7))
 
 
 @pytest.fixture(scope="module")
@@ -88,24 +86,7 @@ def test_an_epoch_without_a_kill_holds_every_sample_once(whole: list[tuple[str, 
 def test_kill_9_at_random_moments_changes_nothing_that_is_seen(
     seed: int, make: Make, whole: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    """Each life ends at a random step, a random moment after it, and the next has other ranks, workers and batches."""
-    chance = random.Random(seed)
-    run = Run(tmp_path, make)
-    while len(run.starts) < 3 or run.position < SAMPLES + 20:
-        assert len(run.starts) < 60, "lives that get nowhere"
-        split, last_step, delay = chance.choice(SPLITS), chance.randrange(9), chance.random() * 0.02
-        furthest = run.position + (last_step + 3) * split.ranks * split.batch_size  # for a slow machine
-
-        def moment(steps: int, last_step: int = last_step, delay: float = delay) -> bool:
-            if steps < last_step:
-                return False
-            time.sleep(delay)
-            return True
-
-        run.live(split, stop=furthest, when=moment)
-    run.live(chance.choice(SPLITS), stop=run.position + 20)
-    history = run.history()
-    assert len(history) >= SAMPLES + 20
+    history = killed_at_random(Run(tmp_path, make), seed, SAMPLES + 20)
     assert history == whole[: len(history)]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +11,13 @@ import pytest
 from cosmos_fast.config import DataConfig, RemoteConfig, SourceConfig, ViewsConfig
 from cosmos_fast.data.loader import Loader, build_loader
 from cosmos_fast.data.storage import Storage
-from tests.lives import Run, Split
+from tests.lives import Run, Split, killed_at_random
 from tests.shards import sample, write_shards, write_tar
 from tests.web import Web, serve
 
 SAMPLES = 101
 SHARDS = "{00000..00003}.tar"
 VIEWS = ViewsConfig(global_crops=1, local_crops=1, global_captions=1, local_captions=1, local_image_size=8)
-SPLITS = (Split(1, 2, 12), Split(2, 1, 6), Split(3, 0, 4), Split(4, 1, 3), Split(2, 2, 5), Split(1, 0, 7))
 REMOTE = {
     # Of four samples, three of them open, in a cache that holds a third of the data: it evicts all the time.
     "pieces": RemoteConfig(piece_mib=16 / 1024, cache_gib=128 / 2**20, threads=2),
@@ -87,30 +84,10 @@ def whole(kind: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return run.history()
 
 
-def killed_at_random(run: Run, seed: int) -> list[tuple[str, int]]:
-    """The history of more than an epoch, in lives of different splits that each end at a random moment."""
-    chance = random.Random(seed)
-    while len(run.starts) < 3 or run.position < SAMPLES + 20:
-        assert len(run.starts) < 60, "lives that get nowhere"
-        split, last_step, delay = chance.choice(SPLITS), chance.randrange(9), chance.random() * 0.02
-        furthest = run.position + (last_step + 3) * split.ranks * split.batch_size
-
-        def moment(steps: int, last_step: int = last_step, delay: float = delay) -> bool:
-            if steps < last_step:
-                return False
-            time.sleep(delay)
-            return True
-
-        run.live(split, stop=furthest, when=moment)
-    run.live(chance.choice(SPLITS), stop=run.position + 20)
-    return run.history()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(3))
 def test_kill_9_on_a_disk(seed: int, kind: str, folder: Path, whole: list[tuple[str, int]], tmp_path: Path) -> None:
-    history = killed_at_random(Run(tmp_path, Make(str(folder), kind)), seed)
-    assert len(history) >= SAMPLES + 20
+    history = killed_at_random(Run(tmp_path, Make(str(folder), kind)), seed, SAMPLES + 20)
     assert history == whole[: len(history)]
 
 
@@ -122,8 +99,7 @@ def test_kill_9_while_pieces_are_fetched(
     """What a killed process has left in the cache is believed by none of those after it, and the cap holds."""
     web.ranged = kind == "pieces"
     make = Make(f"{web.url}/{SHARDS}", kind)
-    history = killed_at_random(Run(tmp_path, make), seed)
-    assert len(history) >= SAMPLES + 20
+    history = killed_at_random(Run(tmp_path, make), seed, SAMPLES + 20)
     cache = Storage.of(make.config).cache
     assert 0 < cache.used_bytes() <= cache.cap_bytes
     assert history == whole[: len(history)]
