@@ -12,6 +12,7 @@ import torch
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch, BatchSource
+from cosmos_fast.engine.announce import announce
 from cosmos_fast.engine.build import build_models, build_updates
 from cosmos_fast.engine.checkpoint import Snapshot, load
 from cosmos_fast.engine.estimate import step_flops
@@ -36,7 +37,6 @@ from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks, device_of_rank
 from cosmos_fast.utils.signals import StopRequest
 from cosmos_fast.utils.timing import Stopwatch
-from cosmos_fast.utils.topology import topology
 
 if TYPE_CHECKING:
     from cosmos_fast.engine.deepspeed_engine import ZeroRun
@@ -260,7 +260,7 @@ class Trainer:
                     self.metrics = Metrics(self._sinks())
                     held.callback(self.metrics.close)
             held.enter_context(self.stop)
-            self._announce()
+            announce(self)
             yield
 
     def _sinks(self) -> list[Sink]:
@@ -275,26 +275,3 @@ class Trainer:
 
             sinks.append(WandbSink(folder, self.config.name, asdict(self.config)))
         return sinks
-
-    def _announce(self) -> None:
-        run, warmup = self.config.run, self.config.schedule.warmup_steps
-        batch = run.batch_size * run.accumulate_steps * self.world_size
-        _log.info(
-            "%s: steps %d to %d, %d samples a step, %s on %s, in %s",
-            *(self.config.name, self.state.step, self.total_steps, batch),
-            *(self.precision.name, self.device, self.plan.folder),
-        )
-        if self.zero is not None:
-            _log.info("%s; DeepSpeed ZeRO stage %d", topology(self.ranks), self.zero.stage)
-        if self.config.compute.changes():
-            _log.info("compute: %s", self.config.compute.changes())
-        if warmup >= self.total_steps:
-            _log.warning("schedule.warmup_steps=%d spans all %d steps: the rate never peaks", warmup, self.total_steps)
-        intended = run.world_size_hint * run.batch_size
-        if intended and intended != batch:
-            steps = max(1, run.world_size_hint // self.world_size)
-            _log.warning(
-                "this recipe was published with a global batch of %d, this run has %d: run.accumulate_steps=%d with "
-                "run.negatives=all comes to %d",
-                *(intended, batch, steps, steps * run.batch_size * self.world_size),
-            )
