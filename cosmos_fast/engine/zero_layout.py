@@ -14,6 +14,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Slice:
+    """`count` elements of a parameter from its element `start` on; in a rank's part they begin at `place`."""
+
+    name: str
+    start: int
+    count: int
+    place: int
+
+
+@dataclass(frozen=True)
 class FlatLayout:
     """Parameters of one buffer: names, shapes and, for each, the elements it takes of a rank's part or of all parts.
 
@@ -40,6 +50,21 @@ class FlatLayout:
         for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
             found[name] = flat[:, start : start + size].reshape(-1)[: math.prod(shape)].view(shape)
             start += size
+        return found
+
+    def slices(self, rank: int, count: int) -> list[Slice]:
+        """What the part of `rank`, of `count` elements, holds, in its order; padding is left out."""
+        found, end = [], 0
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
+            begin, end = end, end + size
+            if self.split_each:  # a share of every parameter, at the same place in every part
+                start, place = rank * size, begin
+                stop = min(start + size, math.prod(shape))
+            else:
+                start, place = max(0, rank * count - begin), max(0, begin - rank * count)
+                stop = min(size, (rank + 1) * count - begin)
+            if stop > start:
+                found.append(Slice(name, start, stop - start, place))
         return found
 
     def part(self, named: Mapping[str, Tensor], rank: int, like_S: Tensor, world_size: int) -> Tensor:

@@ -45,3 +45,20 @@ def test_parts_and_back(world: int, split_each: bool) -> None:
     found = layout.assemble(expected)
     assert found.keys() == NAMED.keys()
     assert all(torch.equal(found[name], NAMED[name]) for name in NAMED)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 50])
+@pytest.mark.parametrize("split_each", [False, True])
+def test_slices_say_what_lies_where(world: int, split_each: bool) -> None:
+    """Every element once, padding never."""
+    shares = [-(-tensor.numel() // world) for tensor in NAMED.values()] if split_each else None
+    layout = FlatLayout.of(list(SHAPES), list(SHAPES.values()), shares)
+    parts = split_by_hand(world, shares)
+    found = {name: torch.full((tensor.numel(),), math.nan) for name, tensor in NAMED.items()}
+    for rank, part in enumerate(parts):
+        for one in layout.slices(rank, len(part)):
+            target = found[one.name][one.start : one.start + one.count]
+            assert one.count > 0
+            assert bool(target.isnan().all()), (rank, one)
+            target.copy_(part[one.place : one.place + one.count])
+    assert all(torch.equal(found[name].view(NAMED[name].shape), NAMED[name]) for name in NAMED)
