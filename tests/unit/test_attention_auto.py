@@ -51,7 +51,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Iterator[Play]:
 def chosen(dtype: torch.dtype = torch.bfloat16) -> Resolution:
     """For queries of this type on the GPU."""
     queries = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(100, 8, 64))
-    return resolve(OP, "auto", *[queries] * 3, torch.empty(77, device="meta"))  # type: ignore[list-item]
+    return resolve(OP, "auto", *[queries] * 3, torch.empty(77, device="meta"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
