@@ -148,7 +148,8 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     from cosmos_fast.engine.trainer import Trainer
     from cosmos_fast.utils.ranks import device_of_rank, joined_ranks
 
-    with joined_ranks(config.run.device, always=config.run.engine == "deepspeed") as ranks, ExitStack() as opened:
+    always, waits_s = config.run.engine == "deepspeed", config.run.collective_timeout_s
+    with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
         plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
         with ranks.together(), out_of_memory_explained(config):
             device = resolve_device(device_of_rank(config.run.device, ranks))

@@ -72,7 +72,8 @@ class RunConfig:
     published with (0: any). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
     threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
     always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf
-    before the run stops.
+    before the run stops. collective_timeout_s: how long a rank waits for the others before it ends; longer than rank 0
+    takes to save and evaluate.
     """
 
     out_dir: str = "runs"
@@ -91,6 +92,7 @@ class RunConfig:
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
     evaluate_every_steps: int = 0
+    collective_timeout_s: float = 1800.0
     max_nonfinite_steps: int = 10
     tensorboard: bool = False
     wandb: bool = False
@@ -102,6 +104,7 @@ class RunConfig:
         require_choice("run.negatives", self.negatives, ("micro", "all"))
         require_choice("run.tower_gradients", self.tower_gradients, ("exact", "original"))
         require_choice("run.engine", self.engine, ("auto", "plain", "deepspeed"))
+        require_positive("run", self, "collective_timeout_s")
         require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:

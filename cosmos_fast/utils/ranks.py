@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.network import INTERFACE, choose_interface, lost_ranks_explained
 
 TIMEOUT_S = 1800.0
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -204,7 +205,7 @@ def joined_ranks(
             of its Ranks is None all the same.
 
     Raises:
-        UserError: an environment that says half of what is needed, ranks that cannot meet.
+        UserError: an environment that says half of what is needed, ranks that cannot meet, or lose each other.
     """
     place = place_of_environment()
     if place.world_size == 1 and not always:
@@ -221,22 +222,24 @@ def joined_ranks(
     else:
         _meet(place, backend, timeout_s)
     try:
-        yield _with_groups(place, device, timeout_s)
+        with lost_ranks_explained(place.rank, place.world_size):
+            yield _with_groups(place, device, timeout_s)
     finally:
         dist.destroy_process_group()
 
 
 def _meet(place: Ranks, backend: str, timeout_s: float) -> None:
     """Start the process group."""
-    if place.local_world_size == place.world_size and os.path.exists("/sys/class/net/lo"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host needs no name that the network knows
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    choose_interface(address, port, one_host=place.local_world_size == place.world_size)
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        listening = os.environ.get(INTERFACE, "none that was chosen")
         raise UserError(
-            f"rank {place.rank} of {place.world_size} cannot meet the others at {where} ({_one_line(error)}): check "
-            "that all ranks run, and that this address is reachable from every host"
+            f"rank {place.rank} of {place.world_size} cannot meet the others at {address}:{port} "
+            f"({_one_line(error)}): check that all ranks run, that this address is reachable from every host, and that "
+            f"the ranks reach each other (interface: {listening}; {INTERFACE} names another)"
         ) from None
 
 
