@@ -70,6 +70,9 @@ class RunConfig:
     but one. tower_gradients: of a run over W ranks: "exact", those of one process with all samples; "original", 1/W of
     them, but all of the temperatures', as the original's gathers leave it. world_size_hint: ranks the recipe was
     published with (0: any). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
+    teacher_copy: of a teacher that ZeRO has divided, what its forward pass runs on: "whole", a copy of all weights,
+    gathered once a step; "parts", block by block, gathered in the pass; "auto", parts where the copy is much of a
+    rank's memory.
     threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
     always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf
     before the run stops. collective_timeout_s: how long a rank waits for the others before it ends; longer than rank 0
@@ -85,14 +88,15 @@ class RunConfig:
     tower_gradients: Literal["exact", "original"] = "exact"
     world_size_hint: int = 0
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
+    teacher_copy: Literal["auto", "whole", "parts"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: str = "auto"
     threads: int | None = None
+    collective_timeout_s: float = 1800.0
     log_every_steps: int = 20
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
     evaluate_every_steps: int = 0
-    collective_timeout_s: float = 1800.0
     max_nonfinite_steps: int = 10
     tensorboard: bool = False
     wandb: bool = False
@@ -100,11 +104,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         positive = ("batch_size", "accumulate_steps", "log_every_steps", "keep_checkpoints", "max_nonfinite_steps")
         require_positive("run", self, *positive)
+        require_positive("run", self, "collective_timeout_s")
         require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
         require_choice("run.negatives", self.negatives, ("micro", "all"))
         require_choice("run.tower_gradients", self.tower_gradients, ("exact", "original"))
         require_choice("run.engine", self.engine, ("auto", "plain", "deepspeed"))
-        require_positive("run", self, "collective_timeout_s")
+        require_choice("run.teacher_copy", self.teacher_copy, ("auto", "whole", "parts"))
         require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:

@@ -23,7 +23,7 @@ def announce(trainer: Trainer) -> None:
         *(trainer.precision.name, trainer.device, trainer.plan.folder),
     )
     if trainer.zero is not None:
-        _log.info("%s; DeepSpeed ZeRO stage %d", topology(trainer.ranks), trainer.zero.stage)
+        _log.info("%s; %s", topology(trainer.ranks), trainer.zero.described)
     if config.compute.changes():
         _log.info("compute: %s", config.compute.changes())
     if warmup >= trainer.total_steps:

@@ -10,7 +10,7 @@ are multiplied by the number of ranks first.
     stage 2   gradients divided as well
     stage 3   weights too: gathered module by module in the forward, all of them in the backward
 
-The teacher's forward runs on a whole copy of it, gathered after each step (stages 1 to 3).
+The teacher's forward runs on a copy of it (stages 1 to 3; `engine.teacher_copy`).
 
 Axes: W ranks, S elements of a rank's part of one flat buffer.
 """
@@ -32,13 +32,13 @@ from cosmos_fast.config import TrainConfig
 from cosmos_fast.config.deepspeed import deepspeed_json
 from cosmos_fast.engine.optimizer import StepResult
 from cosmos_fast.engine.precision import Precision
+from cosmos_fast.engine.student_passes import StudentPasses, features_of
+from cosmos_fast.engine.teacher_copy import TeacherCopy, TeacherInParts, WholeTeacher, choose_copy
 from cosmos_fast.engine.zero_layout import FlatLayout
 from cosmos_fast.engine.zero_optimizer import STATES, ZeroAdamWEma
 from cosmos_fast.model import CosmosFeatures, CosmosModel
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.ranks import Ranks
-
-_FEATURES = ("image", "text", "image_crossmodal", "text_crossmodal", "logit_scale", "distill_logit_scale")
 
 
 class ZeroRun:
@@ -72,21 +72,25 @@ class ZeroRun:
         self._shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
         self._adamw = ZeroAdamWEma(config.optimizer, student)
         self._deepspeed = _import_deepspeed(student.logit_scale.device)
-        self._engine = self._initialize(_StudentPasses(student, precision), settings)
+        self._engine = self._initialize(StudentPasses(student, precision), settings)
         self._flats = [] if self.stage == 0 else self._find_flats()
         if self.stage:
             self._adamw.norm_of = lambda: self._engine.optimizer._global_grad_norm
         self._start_state(optimizer_state)
+        self._teacher_copy = self._divided_teacher(config, teacher)
+
+    @property
+    def described(self) -> str:
+        """In a few words."""
+        return f"DeepSpeed ZeRO stage {self.stage}" + (
+            ", teacher gathered in parts" if isinstance(self._teacher_copy, TeacherInParts) else ""
+        )
 
     # the student's passes
 
     def forward(self, images: list[Tensor], texts_VBL: Tensor) -> CosmosFeatures:
         """As the student itself."""
-        found = self._engine(images, texts_VBL)
-        if self._student.config.crossmodal:
-            return CosmosFeatures(*found)
-        image, text, logit_scale = found
-        return CosmosFeatures(image, text, None, None, logit_scale, None)
+        return features_of(self._engine(images, texts_VBL))
 
     def backward(
         self, tensors: Sequence[Tensor], gradients: Sequence[Tensor] | None = None, *, last: bool = True
@@ -126,8 +130,14 @@ class ZeroRun:
         if result is None:  # DeepSpeed found a gradient that is not finite, and the step did not come to the optimizer
             return StepResult(float("inf"), applied=False, loss_finite=loss_finite)
         if result.applied:
-            self._gather_teacher()
+            self._teacher_copy.refresh()
         return result
+
+    @contextmanager
+    def whole_models(self) -> Iterator[None]:
+        """In the block student and teacher are whole on every rank."""
+        with self.whole_student(), self._teacher_copy.whole():
+            yield
 
     def whole_student(self, names: Sequence[str] | None = None) -> AbstractContextManager[object]:
         """In the block the student's parameters, or those named, are whole on every rank."""
@@ -174,11 +184,16 @@ class ZeroRun:
                 moments = {s: layout.part(by_state[s], rank, master.data, count) for s in STATES}
             self._adamw.start_state(master, teacher, moments)
 
-    def _gather_teacher(self) -> None:
-        """The whole copy that the teacher's forward pass runs on; in stage 0 it is the average itself."""
-        for master, layout in self._flats:
-            for name, whole in layout.assemble(self._gather(self._of(master, "teacher"))).items():
-                self._teacher[name].data.copy_(whole)
+    def _divided_teacher(self, config: TrainConfig, teacher: CosmosModel) -> TeacherCopy:
+        """What the teacher's forward pass runs on; in stage 0 there are no flats, and it is the average itself."""
+        weights_bytes = sum(4 * p.numel() for p in self._teacher.values())
+        if choose_copy(config, self.stage, weights_bytes, self._ranks) == "parts":
+            return TeacherInParts(teacher, self._averages, self._ranks)
+        return WholeTeacher(teacher, self._averages, self._gather)
+
+    def _averages(self) -> list[tuple[Tensor, FlatLayout]]:
+        """This rank's parts of the teacher."""
+        return [(self._of(master, "teacher").detach(), layout) for master, layout in self._flats]
 
     def _gather(self, part_S: Tensor) -> Tensor:
         """[S] of each rank -> [W, S], on the device of the ranks' collectives."""
@@ -242,19 +257,6 @@ class ZeroRun:
             shares = None if whole_groups else [p.partition_numel() for p in group]
             found.append((master, FlatLayout.of(own, [self._shapes[name] for name in own], shares)))
         return found
-
-
-class _StudentPasses(nn.Module):
-    """The student as DeepSpeed wants a module: tensors out, autocast inside."""
-
-    def __init__(self, student: CosmosModel, precision: Precision) -> None:
-        super().__init__()
-        self.student, self._precision = student, precision
-
-    def forward(self, images: list[Tensor], texts_VBL: Tensor) -> tuple[Tensor, ...]:
-        with self._precision.autocast():
-            found = self.student(images, texts_VBL)
-        return tuple(value for name in _FEATURES if (value := getattr(found, name)) is not None)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

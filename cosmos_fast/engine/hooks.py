@@ -121,7 +121,7 @@ class Validation:
             self._on_any_rank = trainer.ranks.any(bool(self._validators))
         if not self._on_any_rank:
             return
-        with trainer.whole_student(), trainer.ranks.together():
+        with trainer.whole_models(), trainer.ranks.together():
             if trainer.ranks.first:
                 self._validate(trainer, step)
 

@@ -214,12 +214,12 @@ class Trainer:
         """The temperatures of the losses, exponentiated."""
         parameters = dict(self.student.named_parameters())
         names = [name for name in ("logit_scale", "distill_logit_scale") if name in parameters]
-        with self.whole_student(names):
+        with nullcontext() if self.zero is None else self.zero.whole_student(names):
             return {name: float(parameters[name].detach().exp()) for name in names}
 
-    def whole_student(self, names: Sequence[str] | None = None) -> AbstractContextManager[object]:
-        """In the block all of the student's parameters, or those named, are on this rank; called by every rank."""
-        return nullcontext() if self.zero is None else self.zero.whole_student(names)
+    def whole_models(self) -> AbstractContextManager[object]:
+        """In the block all of student and teacher is on this rank; called by every rank."""
+        return nullcontext() if self.zero is None else self.zero.whole_models()
 
     def snapshot(self) -> Snapshot:
         """All that a checkpoint holds; called by every rank, of use on rank 0 only."""

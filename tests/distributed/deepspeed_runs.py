@@ -34,11 +34,14 @@ class Case:
 
 CLIPPED = "optimizer.clip_norm=0.5"
 MICRO = ("run.accumulate_steps=2", CLIPPED)
+LONG = (CLIPPED, "run.evaluate_every_steps=8")
+PARTS = "run.teacher_copy=parts"
 CASES = {
+    **{f"stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *LONG)) for stage in range(4)},
     **{
-        f"stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", CLIPPED, "run.evaluate_every_steps=8"))
-        for stage in range(4)
+        f"parts_stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *LONG, PARTS)) for stage in (1, 2, 3)
     },
+    "parts_micro_stage3": Case(("deepspeed.zero_optimization.stage=3", *MICRO, PARTS), steps=3),
     **{
         f"all_stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *MICRO, "run.negatives=all"), steps=3)
         for stage in (0, 2, 3)
@@ -122,12 +125,15 @@ def run_case(name: str, folder: Path, ranks: Ranks, *more: str) -> dict[str, obj
     trainer.fit()
     kept = trainer.snapshot()
     rows = read_rows(plan.metrics_file)
+    with trainer.whole_models():
+        whole_teacher = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
     return {
         "student": kept.student,
         "teacher": kept.teacher,
         "optimizer": kept.optimizer,
         "rows": rows,
-        "whole_teacher": dict(trainer.teacher.state_dict()),
+        "whole_teacher": whole_teacher,
+        "teacher_values": sum(p.numel() for p in trainer.teacher.parameters()),
         "state": trainer.state.to_json(),
     }
 

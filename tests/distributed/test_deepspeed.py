@@ -86,6 +86,18 @@ def test_twenty_steps_are_those_of_one_process(stage: int, folder: Path, alone: 
     assert validated == [pytest.approx(row, rel=1e-5) for row in alone_too]
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_teacher_in_parts_is_the_whole_one(stage: int, folder: Path) -> None:
+    """To the last bit: it runs on the same numbers, which are there for the pass only."""
+    found, whole = torch.load(folder / f"parts_stage{stage}.pt"), torch.load(folder / f"stage{stage}.pt")
+    assert (found["teacher_values"], len(rows_of(found)), len(rows_of(found, "eval"))) == (0, STEPS, 3)
+    for part in ("student", "teacher", "optimizer", "whole_teacher"):
+        assert all(torch.equal(tensor, found[part][name]) for name, tensor in whole[part].items()), part
+    for kind, names in (("train", ("loss", "distill_loss", "grad_norm")), ("eval", ("student_norm", "teacher_norm"))):
+        for own, other in zip(rows_of(found, kind), rows_of(whole, kind), strict=True):
+            assert [own[name] for name in names] == [other[name] for name in names], own["step"]
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_the_teacher_that_runs_is_the_average(stage: int, folder: Path) -> None:
     found = torch.load(folder / f"stage{stage}.pt")
@@ -95,7 +107,7 @@ def test_the_teacher_that_runs_is_the_average(stage: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "run.accumulate_steps=2" in case.overrides])
 def test_micro_batches_of_all_ranks(name: str, folder: Path, alone: Any) -> None:
-    assert_same_run(torch.load(folder / f"{name}.pt"), alone("micro_stage2" if "micro" in name else "all_stage0"))
+    assert_same_run(torch.load(folder / f"{name}.pt"), alone("micro_stage2" if "micro_" in name else "all_stage0"))
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
