@@ -67,6 +67,15 @@ def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     return file
 
 
+def weights_in(file: Path) -> tuple[WeightsOf, ...]:
+    """Which models a `.pt` file of COSMOS holds by name; none for a file that holds one model."""
+    if file.suffix == ".safetensors" or not file.is_file():
+        return ()
+    content = _unpickle(file)
+    named: tuple[WeightsOf, ...] = ("student", "teacher")
+    return tuple(name for name in named if isinstance(content, Mapping) and isinstance(content.get(name), Mapping))
+
+
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -85,8 +94,13 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None
 
 
 def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None]:
+    return strip_module_prefix(_select(_unpickle(file), weights, file)), None
+
+
+def _unpickle(file: Path) -> Any:
+    """Tensors and plain containers; nothing else is made, and nothing runs."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{file} holds objects other than tensors and is not loaded: unpickling it could run foreign code"
@@ -94,7 +108,6 @@ def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from None
-    return strip_module_prefix(_select(content, weights, file)), None
 
 
 def _select(content: Any, weights: WeightsOf, file: Path) -> Mapping[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Models for other programs: files in their formats, written whole or not at all."""

@@ -1,0 +1,18 @@
+"""The layout of the released COSMOS files: `epoch`, `name`, `student`, `teacher`, with the original's names inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from cosmos_fast.exchange.source import Source
+
+
+def write(source: Source, path: Path) -> None:
+    """A file for `torch.load(weights_only=True)`. It has no `optimizer`: ours keeps its state in another form."""
+    weights = {name: model.reference_state_dict() for name, model in source.models.items()}
+    try:
+        torch.save({"epoch": source.epoch, "name": source.name} | weights, path)
+    except RuntimeError as error:  # what torch makes of a disk that takes no more
+        raise OSError(f"the disk took no more: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,187 @@
+"""`cosmos-fast export`: files that hold the weights to the bit, whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosmos_fast import create_model, load_checkpoint
+from cosmos_fast.cli.main import command
+from cosmos_fast.cli.main import run as run_command
+from cosmos_fast.engine.checkpoint import list_checkpoints
+from cosmos_fast.exchange import export as exporting
+from cosmos_fast.model.checkpoints import WeightsOf
+from cosmos_fast.model.cosmos import CosmosModel
+from tests.tiny_run import make_trainer, tiny_config
+
+OFFERED: tuple[WeightsOf, ...] = ("student", "teacher")
+# Heads of 64 channels, 8 in the pooling: what a file without a description is taken to have.
+MODEL = (
+    "model.embed_dim=16",
+    "model.pool_heads=8",
+    "model.vision={image_size: 16, patch_size: 8, width: 64, layers: 1, head_width: 64}",
+    "model.text={context_length: 8, vocab_size: 64, width: 64, heads: 1, layers: 1}",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with two checkpoints, after 2 and 3 steps; 12 samples are an epoch and a fifth."""
+    root = tmp_path_factory.mktemp("runs")
+    trainer = make_trainer(tiny_config(root, *MODEL, "run.max_steps=3", "run.checkpoint_every_steps=2"))
+    trainer.loader.samples_per_epoch = 10
+    trainer.fit()
+    return trainer.plan.folder
+
+
+def export(*arguments: object) -> int:
+    return run_command(command, ["export", *map(str, arguments)])
+
+
+def assert_same(model: CosmosModel, expected: CosmosModel) -> None:
+    assert model.config == expected.config
+    weights = expected.state_dict()
+    assert list(model.state_dict()) == list(weights)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_original_holds_what_a_released_file_does(run, tmp_path, capsys):
+    out = tmp_path / "cosmos.pt"
+    assert export("--checkpoint", run, "--to", "original", "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"wrote {out}: student and teacher of demo, ")
+    content = torch.load(out, weights_only=True)
+    assert list(content) == ["epoch", "name", "student", "teacher"]
+    assert (content["epoch"], content["name"]) == (1, "demo")
+    assert all(tensor.dtype == torch.float32 for weights in OFFERED for tensor in content[weights].values())
+    for weights in OFFERED:
+        assert_same(load_checkpoint(out, weights), load_checkpoint(run, weights))
+    student, teacher = (load_checkpoint(out, weights).state_dict() for weights in OFFERED)
+    assert not torch.equal(student["visual.proj"], teacher["visual.proj"])
+
+
+@pytest.mark.parametrize("weights", OFFERED)
+def test_one_model_and_where_it_comes_from(run, tmp_path, weights):
+    """From a run folder, a folder of checkpoints, one checkpoint, and what was exported before."""
+    expected = load_checkpoint(run, weights)
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    for place, source in enumerate((run, run / "checkpoints", newest)):
+        out = tmp_path / f"{place}.safetensors"
+        assert export("--checkpoint", source, "--weights", weights, "--to", "safetensors", "--out", out) == 0
+        assert_same(load_checkpoint(out, weights), expected)
+        assert_same(load_checkpoint(out, "student" if weights == "teacher" else "teacher"), expected)
+    for place, to in ((3, "original"), (4, "safetensors"), (5, "original")):
+        ending = ".pt" if to == "original" else ".safetensors"
+        last, out = out, tmp_path / f"{place}{ending}"
+        assert export("--checkpoint", last, "--weights", weights, "--to", to, "--out", out) == 0
+        assert_same(load_checkpoint(out, weights), expected)
+    assert list(torch.load(out, weights_only=True)) == ["epoch", "name", weights]
+
+
+def test_teacher_is_what_a_format_of_one_model_gets(run, tmp_path):
+    out = tmp_path / "model.safetensors"
+    assert export("--checkpoint", run, "--to", "safetensors", "--out", out) == 0
+    assert_same(load_checkpoint(out), load_checkpoint(run, "teacher"))
+    assert out.stat().st_mode & 0o444 == tmp_path.stat().st_mode & 0o444, "as readable as its folder"
+
+
+def test_heads_that_shapes_do_not_tell_survive(tmp_path):
+    """Heads of 8 channels, 2 in the pooling: the metadata say so."""
+    trainer = make_trainer(tiny_config(tmp_path, "run.max_steps=1"))
+    trainer.fit()
+    out = tmp_path / "model.safetensors"
+    assert export("--checkpoint", trainer.plan.folder, "--to", "safetensors", "--out", out) == 0
+    assert load_checkpoint(out).config == trainer.config.model
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert export(*arguments) == 2
+    shown = capsys.readouterr().err
+    assert len(shown.strip().splitlines()) == 1, shown
+    return shown
+
+
+def test_what_is_there_stays_unless_told(run, tmp_path, capsys):
+    out = tmp_path / "cosmos.pt"
+    out.write_text("precious")
+    assert "exists already" in refused(capsys, "--checkpoint", run, "--to", "original", "--out", out)
+    assert out.read_text() == "precious"
+    assert export("--checkpoint", run, "--to", "original", "--out", out, "--overwrite") == 0
+    assert_same(load_checkpoint(out), load_checkpoint(run))
+    assert [path.name for path in tmp_path.iterdir()] == ["cosmos.pt"]
+
+
+def test_mistakes_are_told_in_one_line_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "folder.pt").mkdir()
+    absent = tmp_path / "absent"
+    for to, out, weights, message in (
+        ("original", "absent/cosmos.pt", "both", "does not exist: make it"),
+        ("original", "cosmos.safetensors", "both", "--to original writes a .pt file"),
+        ("safetensors", "cosmos.pt", "teacher", "--to safetensors writes a .safetensors file"),
+        ("original", "folder.pt", "both", "is a folder"),
+        ("safetensors", "a.safetensors", "both", "--to safetensors holds one model"),
+        ("original", "cosmos.pt", "both", "absent does not exist"),
+    ):
+        arguments = ("--checkpoint", absent, "--weights", weights, "--to", to, "--out", tmp_path / out)
+        assert message in refused(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.pt"]
+
+
+def test_a_file_of_one_model_has_no_other(tmp_path, capsys):
+    torch.save({"state_dict": create_model(tiny_config(tmp_path, *MODEL).model).state_dict()}, tmp_path / "one.pt")
+    arguments = ("--checkpoint", tmp_path / "one.pt", "--to", "original", "--out", tmp_path / "out.pt")
+    assert "does not hold a student and a teacher: choose --weights" in refused(capsys, *arguments)
+    assert export(*arguments, "--weights", "student") == 0
+    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == ["epoch", "name", "student"]
+
+
+def test_damage_is_found_before_anything_is_written(run, tmp_path, capsys, caplog):
+    """A changed byte among the weights loads well: only the manifest tells."""
+    newest, before = reversed(list_checkpoints(run / "checkpoints"))
+    file, out = newest / "teacher.safetensors", tmp_path / "out.safetensors"
+    whole = file.read_bytes()
+    expected = load_checkpoint(before)
+    try:
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        message = refused(capsys, "--checkpoint", newest, "--to", "safetensors", "--out", out)
+        assert "teacher.safetensors has changed since it was written" in message
+        assert not list(tmp_path.iterdir())
+        assert export("--checkpoint", run, "--to", "safetensors", "--out", out) == 0
+        assert "trying the one before it" in caplog.text
+        assert_same(load_checkpoint(out), expected)
+    finally:
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize(("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors")])
+def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch, to, ending):
+    """The disk takes 8 KiB a file."""
+    import resource
+    import signal
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        message = refused(capsys, "--checkpoint", run, "--to", to, "--out", tmp_path / f"out{ending}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "could not be written" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_leaves_nothing_under_the_name(run, tmp_path):
+    out = tmp_path / "out.pt"
+    out.write_text("before")
+    child = os.fork()
+    if not child:  # dies where all is written and nothing is renamed
+        exporting.fsync_path = lambda _: os._exit(9)
+        export("--checkpoint", run, "--to", "original", "--out", out, "--overwrite")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert out.read_text() == "before"
