@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,9 @@ def _meet_and_part(hosts: tuple[Host, Host], folder: str) -> None:
             of_a_library = dist.new_group()
             if ranks.rank == 1:
                 subprocess.run(["ip", "link", "set", "cable0", "down"], check=True)
+                Path(folder, "cut").touch()
+            while not Path(folder, "cut").exists():  # nobody gives up, and hangs up, before it is cut
+                time.sleep(0.01)
             limit_waits(1.0)  # however late the other rank is: none of them gets an answer from here on
             dist.barrier(of_a_library)
     except UserError as error:
