@@ -88,7 +88,7 @@ def command(
     from cosmos_fast.utils.ranks import place_of_environment
 
     place = place_of_environment()
-    setup_logging(place.rank)
+    setup_logging(place.rank, place.world_size)
     config = resolve_config(recipe, config_file, overrides)
     if profile or find_batch_size or dry_run:
         refuse_several_ranks(place)

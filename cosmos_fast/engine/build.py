@@ -15,6 +15,7 @@ from cosmos_fast.engine.rng import set_rng_state
 from cosmos_fast.model import CosmosModel, create_model
 from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def build_updates(
     precision: Precision,
     ranks: Ranks,
     stored: Snapshot | None,
+    clock: PhaseClock = no_clock,
 ) -> AdamWEma | ZeroRun:
     """The optimizer, and with `stored` the weights, the optimizer's state and the generators of a checkpoint."""
     if stored is not None:
@@ -48,7 +50,7 @@ def build_updates(
         from cosmos_fast.engine.deepspeed_engine import ZeroRun
 
         state = None if stored is None else stored.optimizer
-        found = ZeroRun(config, student, teacher, precision, ranks, state)
+        found = ZeroRun(config, student, teacher, precision, ranks, state, clock)
     else:
         found = build_optimizer(config, student, teacher)
         if stored is not None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.config.deepspeed import deepspeed_json
+from cosmos_fast.engine.communication import time_collectives
 from cosmos_fast.engine.optimizer import StepResult
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.engine.student_passes import StudentPasses, features_of
@@ -38,6 +39,7 @@ from cosmos_fast.engine.zero_layout import FlatLayout
 from cosmos_fast.engine.zero_optimizer import STATES, ZeroAdamWEma
 from cosmos_fast.model import CosmosFeatures, CosmosModel
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks
 
 
@@ -45,7 +47,7 @@ class ZeroRun:
     """Optimizer, passes and state of a run that DeepSpeed divides over ranks.
 
     student, teacher: whole, with the weights to start from; of the student, stage 3 leaves a part on each rank.
-    optimizer_state: of a checkpoint, as state_dict() gives it.
+    optimizer_state: of a checkpoint, as state_dict() gives it. clock: told of collectives.
 
     Every method is called by all ranks together.
     """
@@ -58,12 +60,14 @@ class ZeroRun:
         precision: Precision,
         ranks: Ranks,
         optimizer_state: Mapping[str, Tensor] | None = None,
+        clock: PhaseClock = no_clock,
     ) -> None:
         if not dist.is_initialized():
             raise UserError(
                 "run.engine=deepspeed works where `train` has started its processes: to measure with --profile or "
                 "--find-batch-size, set run.engine=plain"
             )
+        self._clock = clock
         settings = deepspeed_json(config)
         self.stage: int = settings["zero_optimization"]["stage"]
         self._student, self._ranks = student, ranks
@@ -201,7 +205,8 @@ class ZeroRun:
         if self._ranks.group is None:
             return own.unsqueeze(0)
         parts = own.new_empty(self._ranks.world_size * len(own))
-        dist.all_gather_into_tensor(parts, own, group=self._ranks.group)
+        with self._clock("communication"):
+            dist.all_gather_into_tensor(parts, own, group=self._ranks.group)
         return parts.view(self._ranks.world_size, -1)
 
     # DeepSpeed
@@ -220,6 +225,7 @@ class ZeroRun:
             raise UserError(
                 f"DeepSpeed refuses its configuration ({detail}): change the keys under `deepspeed`"
             ) from None
+        time_collectives(self._deepspeed.comm.comm.cdb, self._clock)
         return engine
 
     @contextmanager

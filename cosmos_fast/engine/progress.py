@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from cosmos_fast.engine.hooks import StepOutcome
+from cosmos_fast.engine.rank_report import RankReport, RankTimes, described
 from cosmos_fast.utils.logging import get_logger
-from cosmos_fast.utils.memory import MIB, peak_bytes
+from cosmos_fast.utils.memory import peak_bytes
 from cosmos_fast.utils.timing import format_duration
 
 if TYPE_CHECKING:
@@ -21,11 +23,7 @@ class Progress:
 
     def __init__(self, every_steps: int) -> None:
         self._every_steps = every_steps
-        self._steps = 0
-        self._samples = 0
-        self._flops = 0.0
-        self._data_ms = 0.0
-        self._step_ms = 0.0
+        self._forget()
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         """Count the step; report when it is time."""
@@ -40,14 +38,24 @@ class Progress:
         row = self._row(trainer, outcome)
         trainer.metrics.write(row)
         _log.info("%s", self._line(trainer, row))
+        self._forget()
+
+    def _forget(self) -> None:
         self._steps, self._samples, self._flops, self._data_ms, self._step_ms = 0, 0, 0.0, 0.0, 0.0
 
     def _row(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
-        state, ranks = trainer.state, trainer.ranks
-        own = {"step_ms": self._step_ms, "data_ms": self._data_ms, "bad": float(sum(trainer.loader.stats.values()))}
-        mean = ranks.mean(own)
-        most = {name: high for name, (_, high) in ranks.spread({**own, "peak": peak_bytes(trainer.device)}).items()}
-        wall_ms = max(mean["data_ms"] + mean["step_ms"], 1e-6)
+        state = trainer.state
+        own = RankTimes(
+            samples=self._samples // trainer.world_size,
+            data_ms=self._data_ms,
+            step_ms=self._step_ms,
+            communication_ms=trainer.clock.take_ms(),
+            peak_bytes=peak_bytes(trainer.device),
+            flops=self._flops / trainer.world_size,
+            flops_done=state.flops / trainer.world_size,
+            bad_samples=sum(trainer.loader.stats.values()),
+        )
+        ranks = RankReport([RankTimes(**each) for each in trainer.ranks.gather(asdict(own))], self._steps)
         return {
             "step": state.step,
             "kind": "train",
@@ -61,24 +69,9 @@ class Progress:
             **trainer.scales(),
             **trainer.scaler.numbers(),
             "grad_norm": outcome.grad_norm,
-            "step_ms": mean["step_ms"] / self._steps,
-            "data_ms": mean["data_ms"] / self._steps,
-            "samples_per_s": self._samples / wall_ms * 1e3,
-            "data_stall_pct": 100.0 * mean["data_ms"] / wall_ms,
-            **({"data_ms_slowest_rank": most["data_ms"] / self._steps} if ranks.world_size > 1 else {}),
-            **self._utilisation(trainer, wall_ms / 1e3),
-            "peak_memory_mib": most["peak"] / MIB,
+            **ranks.numbers(None if trainer.peak_rate is None else trainer.peak_rate.flops_per_s),
             "skipped": state.skipped,
-            "bad_samples": round(mean["bad"] * ranks.world_size),
-            "flops": state.flops,
         }
-
-    def _utilisation(self, trainer: Trainer, wall_s: float) -> dict[str, float]:
-        """Model FLOPs utilisation, percent; nothing where the hardware's rate is not known."""
-        if trainer.peak_rate is None:
-            return {}
-        available = trainer.peak_rate.flops_per_s * trainer.world_size * wall_s
-        return {"mfu_pct": 100.0 * self._flops / available}
 
     def _line(self, trainer: Trainer, row: dict[str, Any]) -> str:
         seconds_a_step = (row["step_ms"] + row["data_ms"]) / 1e3
@@ -89,6 +82,6 @@ class Progress:
         mfu = f"MFU {row['mfu_pct']:.1f} %  " if "mfu_pct" in row else ""
         return (
             f"step {row['step']}/{trainer.total_steps}  {loss}  lr {row['lr']:.2e}  "
-            f"{row['samples_per_s']:.1f} samples/s  {mfu}data stall {row['data_stall_pct']:.0f} %  "
+            f"{row['samples_per_s']:.1f} samples/s  {mfu}data stall {row['data_stall_pct']:.0f} %  {described(row)}"
             f"peak {row['peak_memory_mib'] / 1024:.1f} GiB  ETA {eta}"
         )

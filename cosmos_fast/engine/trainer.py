@@ -15,6 +15,7 @@ from cosmos_fast.data.batch import Batch, BatchSource
 from cosmos_fast.engine.announce import announce
 from cosmos_fast.engine.build import build_models, build_updates
 from cosmos_fast.engine.checkpoint import Snapshot, load
+from cosmos_fast.engine.communication import CommunicationClock
 from cosmos_fast.engine.estimate import step_flops
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
@@ -31,7 +32,7 @@ from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import build_objective
 from cosmos_fast.model import CosmosModel
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.logging import get_logger
+from cosmos_fast.utils.logging import get_logger, log_step
 from cosmos_fast.utils.peak_rates import PeakRate, peak_rate
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks, device_of_rank
@@ -77,7 +78,7 @@ class Trainer:
     gradients: Gradients
     optimizer: AdamWEma | ZeroRun
     zero: ZeroRun | None
-    clock: PhaseClock
+    clock: CommunicationClock
     # what happens after a step
     metrics: Metrics
     stop: StopRequest
@@ -108,11 +109,11 @@ class Trainer:
         self._note_data()
         self.scaler = LossScaler(self.precision, self.state)
         self.student, self.teacher = build_models(config, self.device)
-        self.clock = clock
+        self.clock = CommunicationClock(self.device, clock)
         stored = None if self.plan.checkpoint is None else load(self.plan.checkpoint)
-        self.optimizer = build_updates(config, self.student, self.teacher, self.precision, ranks, stored)
+        self.optimizer = build_updates(config, self.student, self.teacher, self.precision, ranks, stored, self.clock)
         self.zero = None if isinstance(self.optimizer, AdamWEma) else self.optimizer
-        objective = build_objective(config, ranks.group, clock)
+        objective = build_objective(config, ranks.group, self.clock)
         self.gradients = Gradients(
             *(self.student, self.teacher, objective, config.data.views, self.precision),
             negatives=config.run.negatives,
@@ -167,11 +168,13 @@ class Trainer:
         assert micro_batches[0].position == self.state.position, "the loader is not where the run is"
         lr = learning_rate(self.config, self.state.step, self.total_steps)
         decay = ema_decay(self.config, self.state.step, self.total_steps)
+        self.clock.begin_step()
         self.optimizer.zero_grad()
         with out_of_memory_explained(self.config):
             losses = self.gradients.accumulate(micro_batches)
         with self.clock("optimizer"):
             result = self.optimizer.step(lr=lr, ema_decay=decay, loss=losses[2], loss_scale=self.scaler.scale)
+        self.clock.end_step()
         overflow = self.scaler.update(result)
         samples = sum(len(batch.keys) for batch in micro_batches) * self.world_size
         flops = step_flops(self.config, micro_batches, self.world_size)
@@ -232,6 +235,7 @@ class Trainer:
     def _count_step(self, samples: int, flops: float, next_position: int, applied: bool, overflow: bool) -> None:
         state = self.state
         state.step += 1
+        log_step(state.step)
         state.position = next_position
         state.epoch = next_position / self.loader.samples_per_epoch
         state.samples_seen += samples
@@ -260,6 +264,8 @@ class Trainer:
                     self.metrics = Metrics(self._sinks())
                     held.callback(self.metrics.close)
             held.enter_context(self.stop)
+            held.callback(log_step, None)
+            log_step(self.state.step)
             announce(self)
             yield
 

@@ -1,11 +1,32 @@
-"""One logger for the package: lines on stderr, and in a run's log.txt."""
+"""One logger for the package: lines on stderr, and in a run's log.txt.
+
+Every line of log.txt says which rank speaks and how many optimizer steps are done; so does every line on stderr where
+there are several ranks, because a launcher mixes theirs.
+"""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = "cosmos_fast"
+
+
+@dataclass
+class _Place:
+    """Of this process. step: optimizer steps done, None outside of a training."""
+
+    rank: int = 0
+    world_size: int = 1
+    step: int | None = None
+
+    def __str__(self) -> str:
+        step = "" if self.step is None else f" step {self.step}"
+        return f"rank {self.rank}{step}"
+
+
+_place = _Place()
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -13,22 +34,27 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def setup_logging(rank: int = 0, level: int = logging.INFO) -> None:
+def setup_logging(rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
     """Show the package's messages on stderr: everything on rank 0, warnings on the others."""
+    _place.rank, _place.world_size = rank, world_size
     logger = logging.getLogger(_ROOT)
     logger.setLevel(level if rank == 0 else logging.WARNING)
     logger.propagate = False
     if not any(type(handler) is logging.StreamHandler for handler in logger.handlers):
         handler = logging.StreamHandler()
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        handler.setFormatter(_LevelFormatter(prefix))
+        handler.setFormatter(_LevelFormatter())
         logger.addHandler(handler)
+
+
+def log_step(step: int | None) -> None:
+    """Optimizer steps done, for the lines from now on; None when the training is over."""
+    _place.step = step
 
 
 def log_to_file(path: Path) -> logging.Handler:
     """Append the package's messages to `path`, with times; close with stop_logging_to()."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_FileFormatter())
     logger = logging.getLogger(_ROOT)
     if logger.level == logging.NOTSET:  # a trainer used as a library, without setup_logging()
         logger.setLevel(logging.INFO)
@@ -45,10 +71,18 @@ def stop_logging_to(handler: logging.Handler) -> None:
 class _LevelFormatter(logging.Formatter):
     """Plain text for information, "warning:" and "error:" in front of the rest."""
 
-    def __init__(self, prefix: str) -> None:
-        super().__init__("%(message)s")
-        self._prefix = prefix
-
     def format(self, record: logging.LogRecord) -> str:
+        place = f"[{_place}] " if _place.world_size > 1 else ""
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self._prefix}{level}{super().format(record)}"
+        return f"{place}{level}{super().format(record)}"
+
+
+class _FileFormatter(logging.Formatter):
+    """Time, level, place, message."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s [%(place)s] %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.place = str(_place)
+        return super().formatMessage(record)

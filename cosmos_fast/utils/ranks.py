@@ -67,6 +67,23 @@ class Ranks:
         least, greatest = both.tolist()
         return {name: (-low, high) for name, low, high in zip(values, least, greatest, strict=True)}
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, on all, by rank. Two collectives.
+
+        Args:
+            value: what JSON can hold; NaN and Inf come through.
+        """
+        if self.control is None:
+            return [value]
+        own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=self.control)
+        sent = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)  # one size for all
+        sent[: len(own)] = own
+        found = [torch.empty_like(sent) for _ in lengths]
+        dist.all_gather(found, sent, group=self.control)
+        return [json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(found, lengths, strict=True)]
+
     def any(self, flag: bool) -> bool:
         """Whether it holds on any rank: a signal that one of them has got, a step that one cannot take."""
         return bool(self.spread({"flag": float(flag)})["flag"][1])
