@@ -192,7 +192,7 @@ class ZeroRun:
         """What the teacher's forward pass runs on; in stage 0 there are no flats, and it is the average itself."""
         weights_bytes = sum(4 * p.numel() for p in self._teacher.values())
         if choose_copy(config, self.stage, weights_bytes, self._ranks) == "parts":
-            return TeacherInParts(teacher, self._averages, self._ranks)
+            return TeacherInParts(teacher, self._averages, self._ranks, self._clock)
         return WholeTeacher(teacher, self._averages, self._gather)
 
     def _averages(self) -> list[tuple[Tensor, FlatLayout]]:

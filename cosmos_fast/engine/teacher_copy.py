@@ -27,6 +27,7 @@ from cosmos_fast.model import CosmosModel
 from cosmos_fast.utils.collectives import ALL_GATHER
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.memory_limits import memory_limits
+from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks
 
 Parts = Callable[[], Sequence[tuple[Tensor, FlatLayout]]]
@@ -128,10 +129,10 @@ class _Gathering:
 class TeacherInParts:
     """No weights between the passes; see the top of the file."""
 
-    def __init__(self, teacher: CosmosModel, parts: Parts, ranks: Ranks) -> None:
+    def __init__(self, teacher: CosmosModel, parts: Parts, ranks: Ranks, clock: PhaseClock = no_clock) -> None:
         self._parameters = dict(teacher.named_parameters())
         self._shapes = {name: p.shape for name, p in self._parameters.items()}
-        self._parts, self._ranks = parts, ranks
+        self._parts, self._ranks, self._clock = parts, ranks, clock
         self._on_the_way: dict[int, _Gathering] = {}
         self._is_whole = False
         by_unit = _units(teacher)
@@ -218,7 +219,8 @@ class TeacherInParts:
     @torch.no_grad()
     def _fill(self, unit: _Unit, gathering: _Gathering) -> None:
         """The weights of a unit into its modules, once they are there."""
-        gathering.wait()
+        with self._clock("communication"):
+            gathering.wait()
         pieces: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in unit.names}
         for sent, slices in zip(gathering.by_rank, unit.by_rank, strict=True):
             position = 0

@@ -13,13 +13,15 @@ from tests.distributed.deepspeed_runs import BAD_STEP, RankLoader
 from tests.tiny_run import tiny_config
 
 STEPS, LOG_EVERY = 5, 2
-STAGES = (1, 3)
+COPIES = {1: "whole", 3: "parts"}
+STAGES = tuple(COPIES)
 
 
 def watched(ranks: Ranks, folder: Path, stage: int) -> None:
     """A short run in which the samples of the last rank are bad once."""
     settings = (f"name=stage{stage}", f"run.max_steps={STEPS}", f"run.log_every_steps={LOG_EVERY}")
-    config = tiny_config(folder, *settings, f"deepspeed.zero_optimization.stage={stage}", "run.batch_size=4")
+    settings += (f"deepspeed.zero_optimization.stage={stage}", f"run.teacher_copy={COPIES[stage]}", "run.batch_size=4")
+    config = tiny_config(folder, *settings)
     loader = RankLoader(config, ranks, 0, poisoned=ranks.world_size - 1)
     loader.stats = {"made up": 1 + ranks.rank}
     Trainer(config, loader, plan=plan_run(config), ranks=ranks).fit()
