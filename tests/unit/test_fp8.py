@@ -135,6 +135,31 @@ def test_emulated_torchao_is_near_and_leaves_names_alone() -> None:
         assert near > 0.98, (name, near)
 
 
+def test_emulated_products_are_off_by_what_8_bits_round() -> None:
+    """Every product of a block, forward and backward: e4m3 keeps 4 significant bits of a number, e5m2 keeps 3."""
+    pytest.importorskip("torchao.float8")
+    (plain, *_), (block, *_) = blocks_of(make()), blocks_of(make())
+    use_fp8_linear([block], "torchao", torch.device("cpu"), emulate=True)
+    products = (
+        ("project", plain.attn.project, block.attn.project),
+        *(
+            (name, getattr(getattr(plain, part), name), getattr(getattr(block, part), name))
+            for part, name in (("attn", "out_proj"), ("mlp", "c_fc"), ("mlp", "c_proj"))
+        ),
+    )
+    for name, exact, found in products:
+        width = plain.mlp.c_fc.out_features if name == "c_proj" else plain.mlp.c_fc.in_features
+        generator = torch.Generator().manual_seed(1)
+        expected, near = ([], [])
+        for product, results in ((exact, expected), (found, near)):
+            x_TD = torch.randn(48, width, generator=generator.manual_seed(1)).requires_grad_()
+            out_TD = product(x_TD)
+            (gradient,) = torch.autograd.grad(out_TD, x_TD, torch.randn(out_TD.shape, generator=generator))
+            results += [out_TD.detach(), gradient]
+        off = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(near, expected, strict=True)]
+        assert 0.02 < off[0] < off[1] < 0.1, (name, off)
+
+
 def test_compiled_they_give_the_same_bits_from_few_graphs(graphs: list) -> None:
     """Rows that 16 divides need no padding and have graphs of their own; nothing else makes new ones."""
     pytest.importorskip("torchao.float8")

@@ -74,6 +74,7 @@ def test_the_ledger_sums_to_the_wall_and_counts_the_useful_flops(recipe: str, tm
         counted = sample_flops(config.model, config.data.views, global_batch=4, pruned=pruned)
         assert flops == pytest.approx(8 * counted.training)
     assert found.samples_per_s == pytest.approx(8e3 / ledger.wall_ms)
+    assert found.data_stall_pct == pytest.approx(100 * ledger.phase_ms["data"] / ledger.wall_ms)
     assert found.mfu_pct() == pytest.approx(100 * found.flops / (ledger.wall_ms / 1e3) / 1e11)
     unpruned = found.mfu_pct(pruned=False)
     assert unpruned is not None
@@ -89,6 +90,45 @@ def test_with_all_negatives_the_second_forward_is_a_phase_and_no_useful_work(tmp
     config = tiny_config(tmp_path)
     counted = sample_flops(config.model, config.data.views, global_batch=8)
     assert found.flops == pytest.approx(8 * counted.training)
+
+
+@pytest.mark.usefixtures("_no_trace")
+def test_every_part_of_a_step_counts_to_its_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the peak of memory is that of the timed steps, not of what came before them."""
+    config = tiny_config(tmp_path, "run.accumulate_steps=2", "run.negatives=all")
+    timer = PhaseTimer(torch.device("cpu"))
+    trainer = Trainer(config, FakeLoader(config), plan=RunPlan(tmp_path / "run"), clock=timer)  # type: ignore[arg-type]
+    seen: dict[str, list[str]] = {}
+
+    def phase() -> str:
+        return timer._open[-1] if timer._open else OTHER
+
+    def watch(owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*arguments: object, **options: object) -> object:
+            seen.setdefault(name, []).append(phase())
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(trainer.teacher, "encode_views")
+    watch(trainer.student, "forward")
+    watch(type(trainer.gradients.objective), "__call__")
+    watch(trainer.optimizer, "step")
+    trainer.student.logit_scale.register_hook(lambda gradient: seen.setdefault("gradient", []).append(phase()))
+    resets: list[int] = []
+    monkeypatch.setattr(profiler, "reset_peak", lambda device: resets.append(trainer.state.step))
+    profile_run(trainer, timer, 1, tmp_path / "profile")
+    assert resets == [profiler.WARMUP_STEPS]
+    steps = trainer.state.step
+    assert seen == {
+        "encode_views": ["teacher"] * 2 * steps,
+        "forward": ["student", "student", "recompute"] * steps,
+        "__call__": ["loss"] * steps,
+        "gradient": ["backward"] * steps,
+        "step": ["optimizer"] * steps,
+    }
 
 
 def test_files_and_table_say_the_same(tmp_path: Path, capsys) -> None:
