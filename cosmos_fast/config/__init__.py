@@ -8,6 +8,7 @@ from cosmos_fast.config.remote import RemoteConfig
 from cosmos_fast.config.train import (
     EmaConfig,
     EvaluateConfig,
+    InitConfig,
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "DataConfig",
     "EmaConfig",
     "EvaluateConfig",
+    "InitConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RemoteConfig",

@@ -139,6 +139,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """What a run starts from. path: a checkpoint whose weights student and teacher begin with, anything that
+    `load_checkpoint` reads; None begins with random ones, by the seed. weights: which of its models."""
+
+    path: str | None = None
+    weights: Literal["teacher", "student"] = "teacher"
+
+    def __post_init__(self) -> None:
+        require_choice("init.weights", self.weights, ("teacher", "student"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that decides a run. name: of the run folder. seed: of weights, data order and augmentation. deepspeed:
     keys of DeepSpeed's own configuration, over those that are generated; see config.deepspeed."""
@@ -147,6 +159,7 @@ class TrainConfig:
     objective: Literal["cosmos", "clip"] = "cosmos"
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

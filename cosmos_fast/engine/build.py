@@ -9,6 +9,7 @@ import torch
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.engine.checkpoint import Snapshot
+from cosmos_fast.engine.initial import start_from
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.engine.rng import set_rng_state
@@ -42,7 +43,9 @@ def build_updates(
     clock: PhaseClock = no_clock,
 ) -> AdamWEma | ZeroRun:
     """The optimizer, and with `stored` the weights, the optimizer's state and the generators of a checkpoint."""
-    if stored is not None:
+    if stored is None:
+        start_from(config, student, teacher)
+    else:
         student.load_reference_state_dict(stored.student)
         teacher.load_reference_state_dict(stored.teacher)
     found: AdamWEma | ZeroRun

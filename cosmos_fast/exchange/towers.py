@@ -8,14 +8,7 @@ from torch import Tensor
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.cosmos import CosmosModel
-
-_HEADS = (
-    "image_token_mapping.",
-    "text_token_mapping.",
-    "visual.attn_cross_pool.",
-    "text_attn_cross_pool.",
-    "distill_logit_scale",
-)
+from cosmos_fast.model.weights import CROSSMODAL
 
 
 def tower_weights(model: CosmosModel) -> tuple[dict[str, Tensor], ModelConfig]:
@@ -24,5 +17,5 @@ def tower_weights(model: CosmosModel) -> tuple[dict[str, Tensor], ModelConfig]:
     `encode_image` and `encode_text` need no others: the cross-modal heads are for training.
     """
     weights = model.reference_state_dict()
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(_HEADS)}
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(CROSSMODAL)}
     return {name: tensor.contiguous() for name, tensor in kept.items()}, replace(model.config, crossmodal=False)

@@ -11,6 +11,11 @@ from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
 from cosmos_fast.utils.errors import UserError
 
 HEADS_OF_WIDTH = 64  # CLIP's head width wherever a checkpoint does not say
+# What COSMOS has beyond CLIP, for its training: no feature of an image or a caption needs it.
+CROSSMODAL = (
+    *("image_token_mapping.", "text_token_mapping.", "visual.attn_cross_pool.", "text_attn_cross_pool."),
+    "distill_logit_scale",
+)
 
 
 def strip_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
