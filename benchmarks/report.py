@@ -209,6 +209,10 @@ def command(results: Path, out: Path | None) -> None:
     for device in sorted({file.rows[0].device for file in files}):
         own = [file for file in files if file.rows[0].device == device]
         click.echo(f"{device}: bars {told(asked(own, kind_of(device)))}")
+        try:
+            report_plots.draw([(file.name, file.rows) for file in own], own[0].path.parent)
+        except OSError as error:
+            click.echo(f"no pictures beside the rows of {device} ({error.strerror})", err=True)
     click.echo(f"wrote {path}")
 
 

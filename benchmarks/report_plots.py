@@ -1,10 +1,12 @@
-"""Pictures of the benchmark report, each once for light and once for dark pages."""
+"""Pictures of the benchmark report, each once for light and once for dark pages; two of them as SVG beside the rows."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -29,22 +31,66 @@ COLOURS = dict(
 Paint = Callable[[Axes, Theme], None]
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """What is painted, and into which frame; inches, and shares of the width."""
+
+    key: str
+    title: str
+    caption: str
+    paint: Paint
+    height_in: float
+    left: float
+    right: float = 0.96
+    head_in: float = 0.08
+
+    def figure(self, theme: Theme) -> Figure:
+        figure = Figure(figsize=(WIDTH_IN, self.height_in), dpi=DPI)
+        top, bottom = 1 - self.head_in / self.height_in, 0.5 / self.height_in
+        figure.subplots_adjust(left=self.left, right=self.right, top=top, bottom=bottom)
+        self.paint(figure.subplots(), theme)
+        return figure
+
+    def plot(self) -> Plot:
+        made = {}
+        for theme in THEMES:
+            with matplotlib.rc_context(style(theme)):
+                made[theme.name] = _png(self.figure(theme))
+        return Plot(self.key, self.title, self.caption, made)
+
+
+def draw(results: Sequence[tuple[str, Sequence[Row]]], folder: Path) -> list[Path]:
+    """`ratios.svg` and `ledger.svg` of one device beside its rows. The same rows give the same files."""
+    made = []
+    for picture in _pictures(results):
+        path = folder / f"{picture.key}.svg"
+        light = {**style(THEMES[0]), "svg.hashsalt": "cosmos-fast", "svg.fonttype": "none", "figure.facecolor": "white"}
+        with matplotlib.rc_context(light):
+            picture.figure(THEMES[0]).savefig(path, metadata={"Date": None})
+        made.append(path)
+    return made
+
+
+def _pictures(results: Sequence[tuple[str, Sequence[Row]]]) -> list[_Picture]:
+    rows = [row for _, own in results for row in own]
+    return [picture for picture in (_ratios(rows), _ledgers(rows)) if picture is not None]
+
+
 def of_device(results: Sequence[tuple[str, Sequence[Row]]]) -> list[Plot]:
     """Every picture of one device, (benchmark, rows) given; one without data is left out."""
-    rows = [row for _, own in results for row in own]
-    made = [_ratios(rows), _ledgers(rows)]
-    made += [_sweep(name, own) for name, own in results if any(row.metric.startswith("ms/") for row in own)]
-    return [plot for plot in made if plot is not None]
+    sweeps = [_sweep(name, own) for name, own in results if any(row.metric.startswith("ms/") for row in own)]
+    return [picture.plot() for picture in _pictures(results)] + sweeps
 
 
-def _ratios(rows: Sequence[Row]) -> Plot | None:
+def _ratios(rows: Sequence[Row]) -> _Picture | None:
     """Every ratio that a bar was set for, beside the bar."""
     chosen = [row for row in rows if row.meets_bar is not None and not row.name.endswith("_sweep")]
     if not chosen:
         return None
-    png = _draw(partial(_paint_ratios, rows=chosen), BAR_IN * len(chosen) + 0.6, left=0.46, right=0.92)
     caption = "Share of the baseline's time or memory that is left; the dark mark is the bar, to the left of it is met."
-    return Plot("ratios", "Against the baselines", caption, png)
+    paint = partial(_paint_ratios, rows=chosen)
+    height_in = BAR_IN * len(chosen) + 0.6
+    return _Picture("ratios", "Against the baselines", caption, paint, height_in, left=0.46, right=0.92)
 
 
 def _paint_ratios(axes: Axes, theme: Theme, rows: Sequence[Row]) -> None:
@@ -68,7 +114,7 @@ def _label(row: Row) -> str:
     return whole if len(whole) <= LABEL else whole[: LABEL - 1].rstrip() + "…"
 
 
-def _ledgers(rows: Sequence[Row]) -> Plot | None:
+def _ledgers(rows: Sequence[Row]) -> _Picture | None:
     """Milliseconds of each phase of a step, both sides of every setting that was profiled."""
     sides: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -78,9 +124,9 @@ def _ledgers(rows: Sequence[Row]) -> Plot | None:
                 sides.setdefault(label, {})[row.metric.removeprefix(prefix)] = row.value
     if not sides:
         return None
-    png = _draw(partial(_paint_ledgers, sides=sides), 0.42 * len(sides) + 1.1, left=0.27, head_in=0.55)
     caption = "Where the time of a step goes, synthetic input; the parts sum to the measured wall time."
-    return Plot("ledger", "A step by phase", caption, png)
+    paint, height_in = partial(_paint_ledgers, sides=sides), 0.42 * len(sides) + 1.1
+    return _Picture("ledger", "A step by phase", caption, paint, height_in, left=0.27, head_in=0.55)
 
 
 def _paint_ledgers(axes: Axes, theme: Theme, sides: dict[str, dict[str, float]]) -> None:
@@ -102,20 +148,6 @@ def _paint_ledgers(axes: Axes, theme: Theme, sides: dict[str, dict[str, float]])
     axes.legend(
         frameon=False, fontsize=7.5, labelcolor=theme.ink, ncols=4, loc="lower left", bbox_to_anchor=(-0.25, 1.01)
     )
-
-
-def _draw(
-    paint: Paint, height_in: float, *, left: float, right: float = 0.96, head_in: float = 0.08
-) -> dict[str, bytes]:
-    """PNG bytes per theme."""
-    made = {}
-    for theme in THEMES:
-        with matplotlib.rc_context(style(theme)):
-            figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI)
-            figure.subplots_adjust(left=left, right=right, top=1 - head_in / height_in, bottom=0.5 / height_in)
-            paint(figure.subplots(), theme)
-            made[theme.name] = _png(figure)
-    return made
 
 
 def _sweep(name: str, rows: Sequence[Row]) -> Plot:

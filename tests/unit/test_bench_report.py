@@ -115,6 +115,30 @@ def test_pictures_of_a_device(results: Path) -> None:
     assert report_plots.of_device([("x", [replace(ROW, bar=None)])]) == []
 
 
+def test_pictures_lie_beside_the_rows_they_are_of(results: Path, tmp_path: Path) -> None:
+    arguments = ["report", "--results", str(results), "--out", str(tmp_path / "report.html")]
+    made = []
+    for _ in range(2):
+        assert run(bench.command, arguments) == 0
+        made.append({path.name: path.read_text() for path in (results / "some-cpu").glob("*.svg")})
+    assert made[0] == made[1]
+    assert set(made[0]) == {"ratios.svg", "ledger.svg"}
+    assert all(text in made[0]["ledger.svg"] for text in ("mini, eager port", "backward", ">901<", ">1,802<"))
+    assert "step mini peak mib" in made[0]["ratios.svg"]
+    assert [path.name for path in (results / "nvidia").glob("*.svg")] == ["ratios.svg"]  # without a ledger
+
+
+def test_committed_pictures_show_every_committed_bar_and_ledger() -> None:
+    files, _ = report.read_results(rows.RESULTS)
+    for file in files:
+        pictures = {kind: file.path.with_name(f"{kind}.svg") for kind in ("ratios", "ledger")}
+        for row in file.rows:
+            if row.meets_bar is not None and not row.name.endswith("_sweep"):
+                assert report_plots._label(row)[:40] in pictures["ratios"].read_text(), row
+            if row.metric == "phase_ms/wall":
+                assert f"{row.name.removeprefix('step_')}, cosmos-fast" in pictures["ledger"].read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [(["--results", "nowhere"], "does not exist"), (["--results", "."], "no result file in . can be read")],
