@@ -57,7 +57,7 @@ def build_updates(
     else:
         found = build_optimizer(config, student, teacher)
         if stored is not None:
-            found.load_state_dict(stored.optimizer)
+            found.load_state_dict(dict(stored.optimizer))
     if stored is not None:
         set_rng_state(stored.rng)
     return found

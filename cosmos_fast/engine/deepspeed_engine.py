@@ -37,7 +37,9 @@ from cosmos_fast.engine.student_passes import StudentPasses, features_of
 from cosmos_fast.engine.teacher_copy import TeacherCopy, TeacherInParts, WholeTeacher, choose_copy
 from cosmos_fast.engine.zero_layout import FlatLayout
 from cosmos_fast.engine.zero_optimizer import STATES, ZeroAdamWEma
+from cosmos_fast.engine.zero_state import common_steps, slices_of_parts, slices_of_whole, step_slices
 from cosmos_fast.model import CosmosFeatures, CosmosModel
+from cosmos_fast.model.stored import TensorSlice
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks
@@ -47,7 +49,7 @@ class ZeroRun:
     """Optimizer, passes and state of a run that DeepSpeed divides over ranks.
 
     student, teacher: whole, with the weights to start from; of the student, stage 3 leaves a part on each rank.
-    optimizer_state: of a checkpoint, as state_dict() gives it. clock: told of collectives.
+    optimizer_state: of a checkpoint; of stored tensors only what this rank holds is read. clock: told of collectives.
 
     Every method is called by all ranks together.
     """
@@ -152,40 +154,30 @@ class ZeroRun:
 
     # the state
 
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Student and teacher whole, on the CPU; empty but on rank 0."""
-        return self._whole("master"), self._whole("teacher")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Whole, on the CPU, in the form of AdamWEma.state_dict(); empty but on rank 0."""
-        found = {f"{state}/{name}": t for state in STATES for name, t in self._whole(state).items()}
-        return found | {f"step/{name}": torch.tensor(self._adamw.steps) for name in self._names if self._ranks.first}
-
-    def _whole(self, state: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+    def slices(self, *, copy: bool) -> dict[str, TensorSlice]:
+        """What this rank gives to a checkpoint: of student, teacher and optimizer the elements that it stores, on the
+        CPU. copy: they stay as they are while the run goes on."""
+        rank, count = self._ranks.rank, self._ranks.world_size
+        found = slices_of_parts(self._flats, self._of, rank, copy=copy)
         if self.stage == 0:
-            found = {name: self._of(p, state) for name, p in self._student.named_parameters()}
-        for master, layout in self._flats:
-            found |= layout.assemble(self._gather(self._of(master, state)))
-        return {name: found[name].detach().cpu().clone() for name in self._names} if self._ranks.first else {}
+            found = slices_of_whole(dict(self._student.named_parameters()), self._of, rank, count, copy=copy)
+        return found | (step_slices(self._names, self._adamw.steps) if self._ranks.first else {})
 
     def _of(self, master: Tensor, state: str) -> Tensor:
         return master.detach() if state == "master" else self._adamw.state[master][state]
 
     def _start_state(self, stored: Mapping[str, Tensor] | None) -> None:
         if stored is not None:
-            self._adamw.steps = _common_steps(stored, self._names)
-        by_state = {s: {n: stored[f"{s}/{n}"] for n in self._names} for s in STATES} if stored is not None else None
+            self._adamw.steps = common_steps(stored, self._names)
         if self.stage == 0:
             for name, p in self._student.named_parameters():
-                moments = None if by_state is None else {s: by_state[s][name].to(p).clone() for s in STATES}
+                moments = None if stored is None else {s: stored[f"{s}/{name}"].to(p).clone() for s in STATES}
                 self._adamw.start_state(p, self._teacher[name].data, moments)
-        rank, count = self._ranks.rank, self._ranks.world_size
+        rank = self._ranks.rank
         for master, layout in self._flats:
-            teacher = layout.part(self._teacher, rank, master.data, count)
-            moments = None
-            if by_state is not None:
-                moments = {s: layout.part(by_state[s], rank, master.data, count) for s in STATES}
+            teacher, moments = layout.part(self._teacher, rank, master.data), None
+            if stored is not None:
+                moments = {s: layout.part(stored, rank, master.data, f"{s}/") for s in STATES}
             self._adamw.start_state(master, teacher, moments)
 
     def _divided_teacher(self, config: TrainConfig, teacher: CosmosModel) -> TeacherCopy:
@@ -287,14 +279,3 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Collectives through shared memory, which DeepSpeed would compile for a minute, with a compiler that may not exist.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _common_steps(stored: Mapping[str, Tensor], names: Sequence[str]) -> int:
-    """UserError where the parameters of a checkpoint have not all taken the same number of steps."""
-    steps = {int(stored[f"step/{name}"]) for name in names}
-    if len(steps) != 1:
-        raise UserError(
-            f"the checkpoint's parameters have taken {min(steps)} to {max(steps)} steps, which DeepSpeed's flat "
-            "buffers cannot tell apart: continue it with run.engine=plain"
-        )
-    return steps.pop()

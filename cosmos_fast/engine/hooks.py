@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cosmos_fast.engine import checkpoint
 from cosmos_fast.engine.metrics import to_json
 from cosmos_fast.engine.rng import rng_state, set_rng_state
 from cosmos_fast.utils.errors import UserError
@@ -115,7 +114,7 @@ class Validation:
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         """Write one "eval" row with the numbers of all validators."""
         step = trainer.state.step
-        if not _due(step, self._every_steps, trainer.finished):
+        if not due(step, self._every_steps, trainer.finished):
             return
         if self._on_any_rank is None:
             self._on_any_rank = trainer.ranks.any(bool(self._validators))
@@ -141,36 +140,8 @@ class Validation:
         _log.info("evaluated at step %d  %s", step, described)
 
 
-class Checkpointer:
-    """Saves every so many steps, at the end, and when a stop is requested.
-
-    saved_step: of the last save. stopping: whether a stop is requested on any rank, as all ranks have agreed after the
-    last step.
-    """
-
-    def __init__(self, every_steps: int, keep: int) -> None:
-        self._every_steps = every_steps
-        self._keep = keep
-        self.saved_step: int | None = None
-        self.stopping = False
-
-    def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
-        """Save when it is time."""
-        self.stopping = trainer.ranks.any(trainer.stop.requested)
-        if _due(trainer.state.step, self._every_steps, trainer.finished or self.stopping):
-            self.save(trainer)
-
-    def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of the trainer, which must be between two steps."""
-        snapshot = trainer.snapshot()
-        with trainer.ranks.together():
-            if trainer.ranks.first:
-                folder = checkpoint.save(trainer.plan.checkpoints, snapshot, self._keep)
-                _log.info("saved %s", folder)
-        self.saved_step = trainer.state.step
-
-
-def _due(step: int, every_steps: int, now: bool) -> bool:
+def due(step: int, every_steps: int, now: bool) -> bool:
+    """Whether something that happens every so many steps, 0 for never, happens after this one."""
     return now or (every_steps > 0 and step % every_steps == 0)
 
 

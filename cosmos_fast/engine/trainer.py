@@ -14,18 +14,18 @@ from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch, BatchSource
 from cosmos_fast.engine.announce import announce
 from cosmos_fast.engine.build import build_models, build_updates
-from cosmos_fast.engine.checkpoint import Snapshot, load
+from cosmos_fast.engine.checkpoint import load_unchecked
+from cosmos_fast.engine.checkpointer import Checkpointer
 from cosmos_fast.engine.communication import CommunicationClock
 from cosmos_fast.engine.estimate import step_flops
 from cosmos_fast.engine.gradients import Gradients
-from cosmos_fast.engine.hooks import Checkpointer, Hook, NonfiniteGuard, StepOutcome, Validation, Validator
+from cosmos_fast.engine.hooks import Hook, NonfiniteGuard, StepOutcome, Validation, Validator
 from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.metrics import JsonlSink, Metrics, Sink
 from cosmos_fast.engine.optimizer import AdamWEma
 from cosmos_fast.engine.out_of_memory import out_of_memory_explained
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
-from cosmos_fast.engine.rng import rng_state
 from cosmos_fast.engine.run_folder import RunPlan, plan_run
 from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
@@ -110,7 +110,8 @@ class Trainer:
         self.scaler = LossScaler(self.precision, self.state)
         self.student, self.teacher = build_models(config, self.device)
         self.clock = CommunicationClock(self.device, clock)
-        stored = None if self.plan.checkpoint is None else load(self.plan.checkpoint)
+        with ranks.together():
+            stored = None if self.plan.checkpoint is None else load_unchecked(self.plan.checkpoint)
         self.optimizer = build_updates(config, self.student, self.teacher, self.precision, ranks, stored, self.clock)
         self.zero = None if isinstance(self.optimizer, AdamWEma) else self.optimizer
         objective = build_objective(config, ranks.group, self.clock)
@@ -224,14 +225,6 @@ class Trainer:
         """In the block all of student and teacher is on this rank; called by every rank."""
         return nullcontext() if self.zero is None else self.zero.whole_models()
 
-    def snapshot(self) -> Snapshot:
-        """All that a checkpoint holds; called by every rank, of use on rank 0 only."""
-        student, teacher = self.student.state_dict(), self.teacher.state_dict()
-        if self.zero is not None:
-            student, teacher = self.zero.weights()
-        model, optimizer = self.config.model.to_openclip(), self.optimizer.state_dict()
-        return Snapshot(student, teacher, optimizer, state=self.state, model=model, rng=rng_state())
-
     def _count_step(self, samples: int, flops: float, next_position: int, applied: bool, overflow: bool) -> None:
         state = self.state
         state.step += 1
@@ -266,6 +259,7 @@ class Trainer:
             held.enter_context(self.stop)
             held.callback(log_step, None)
             log_step(self.state.step)
+            held.callback(self.checkpointer.close, self)
             announce(self)
             yield
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosmos_fast.model.stored import elements
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -67,16 +69,13 @@ class FlatLayout:
                 found.append(Slice(name, start, stop - start, place))
         return found
 
-    def part(self, named: Mapping[str, Tensor], rank: int, like_S: Tensor, world_size: int) -> Tensor:
-        """The part of `rank`, [S] like `like_S`: the reverse of assemble(). Padding is zero."""
-        count = len(like_S)
-        if not self.split_each:
-            flat = torch.cat([named[name].detach().reshape(-1) for name in self.names])
-            flat = torch.nn.functional.pad(flat, (0, world_size * count - len(flat)))
-            return flat[rank * count : (rank + 1) * count].to(like_S).clone()
-        result, start = torch.zeros_like(like_S), 0
-        for name, size in zip(self.names, self.sizes, strict=True):
-            own = named[name].detach().reshape(-1)[rank * size : (rank + 1) * size]
-            result[start : start + len(own)] = own.to(like_S)
-            start += size
-        return result
+    def part(self, named: Mapping[str, Tensor], rank: int, like_S: Tensor, prefix: str = "") -> Tensor:
+        """The part of `rank`, [S] like `like_S`: the reverse of assemble(). Padding is zero.
+
+        Of stored tensors only what the part holds is read. prefix: of the parameters' names in `named`.
+        """
+        part_S = torch.zeros_like(like_S)
+        for one in self.slices(rank, len(like_S)):
+            own = elements(named, f"{prefix}{one.name}", one.start, one.count)
+            part_S[one.place : one.place + one.count] = own.to(like_S)
+        return part_S

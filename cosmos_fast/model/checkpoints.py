@@ -17,10 +17,10 @@ from torch import Tensor
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.model.stored import FORMAT, MANIFEST, StoredTensors, parts_in
 from cosmos_fast.model.weights import infer_config, strip_module_prefix
 from cosmos_fast.utils.errors import UserError
 
-FORMAT = "cosmos-fast/1"
 WeightsOf = Literal["teacher", "student"]
 
 
@@ -28,8 +28,8 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
     """A model in evaluation mode, on the CPU.
 
     Args:
-        path: a run folder (its newest complete checkpoint is taken), a checkpoint folder, a `.safetensors` file, or a
-            `.pt` file of COSMOS or OpenCLIP.
+        path: a run folder (its newest complete checkpoint is taken), a checkpoint folder (in whole files or in the
+            parts of several ranks), a `.safetensors` file, or a `.pt` file of COSMOS or OpenCLIP.
         weights: which of the two models of a COSMOS checkpoint; a file that holds one model gives that one.
 
     Raises:
@@ -38,7 +38,7 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
     if weights not in ("teacher", "student"):
         raise UserError(f"weights is {weights!r}: choose 'teacher' or 'student'")
     file = find_weights_file(Path(path), weights)
-    state_dict, config = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, weights)
+    state_dict, config = _read(file, weights)
     try:
         model = CosmosModel(config or infer_config(state_dict))
         model.load_reference_state_dict(state_dict)
@@ -48,7 +48,8 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
 
 
 def find_weights_file(path: Path, weights: WeightsOf) -> Path:
-    """The file that holds the weights a path stands for."""
+    """The file that holds the weights a path stands for; of a checkpoint in parts its manifest, which holds the SHA-256
+    of each."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -56,10 +57,12 @@ def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     folder = path
     if (path / "checkpoints").is_dir() or path.name == "checkpoints":
         root = path if path.name == "checkpoints" else path / "checkpoints"
-        complete = sorted(step for step in root.glob("step_*") if (step / "manifest.json").is_file())
+        complete = [step for step in root.glob("step_*") if (step / MANIFEST).is_file()]
         if not complete:
             raise UserError(f"run folder {path} holds no complete checkpoint yet")
-        folder = complete[-1]
+        folder = max(complete, key=lambda step: (len(step.name), step.name))
+    if (folder / MANIFEST).is_file() and parts_in(folder):
+        return folder / MANIFEST
     file = folder / f"{weights}.safetensors"
     if not file.is_file():
         held = ", ".join(sorted(found.name for found in folder.glob("*.safetensors"))) or "no weights"
@@ -76,6 +79,14 @@ def weights_in(file: Path) -> tuple[WeightsOf, ...]:
     return tuple(name for name in named if isinstance(content, Mapping) and isinstance(content.get(name), Mapping))
 
 
+def _read(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], ModelConfig | None]:
+    """Weights by name, and their architecture where the file says it."""
+    if file.name == MANIFEST:
+        stored = StoredTensors(file.parent, weights)
+        return dict(stored), _model_in(stored.metadata, file.parent)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, weights)
+
+
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
     try:
         with safe_open(file, framework="pt") as opened:
@@ -85,12 +96,19 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None
         raise UserError(f"{file} is damaged or no safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
         return strip_module_prefix(tensors), None
+    if "slices" in metadata:
+        raise UserError(f"{file} is one of several parts of a checkpoint: give the folder that holds them")
+    return tensors, _model_in(metadata, file)
+
+
+def _model_in(metadata: Mapping[str, str], path: Path) -> ModelConfig:
+    """The architecture that a file's metadata describe."""
     try:
-        return tensors, ModelConfig.from_openclip(json.loads(metadata["model"]))
+        return ModelConfig.from_openclip(json.loads(metadata["model"]))
     except (KeyError, json.JSONDecodeError):
-        raise UserError(f"{file} does not say what model its weights are of: it is damaged") from None
+        raise UserError(f"{path} does not say what model its weights are of: it is damaged") from None
     except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None]:

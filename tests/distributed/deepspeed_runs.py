@@ -11,6 +11,7 @@ import torch
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.data.random_batch import random_batch
+from cosmos_fast.engine.checkpoint import list_checkpoints, load
 from cosmos_fast.engine.metrics import read_rows
 from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.engine.trainer import Trainer
@@ -123,7 +124,7 @@ def run_case(name: str, folder: Path, ranks: Ranks, *more: str) -> dict[str, obj
     loader, validators = RankLoader(config, ranks, plan.state.position, case.poisoned), (norms,) if ranks.first else ()
     trainer = Trainer(config, loader, validators, plan=plan, ranks=ranks)
     trainer.fit()
-    kept = trainer.snapshot()
+    kept = load(list_checkpoints(plan.checkpoints)[-1])
     rows = read_rows(plan.metrics_file)
     with trainer.whole_models():
         whole_teacher = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}

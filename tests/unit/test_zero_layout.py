@@ -40,7 +40,7 @@ def test_parts_and_back(world: int, split_each: bool) -> None:
     shares = [-(-tensor.numel() // world) for tensor in NAMED.values()] if split_each else None
     layout = FlatLayout.of(list(SHAPES), list(SHAPES.values()), shares)
     expected = split_by_hand(world, shares)
-    parts = [layout.part(NAMED, rank, torch.zeros(expected.shape[1]), world) for rank in range(world)]
+    parts = [layout.part(NAMED, rank, torch.zeros(expected.shape[1])) for rank in range(world)]
     assert torch.equal(torch.stack(parts), expected)
     found = layout.assemble(expected)
     assert found.keys() == NAMED.keys()
