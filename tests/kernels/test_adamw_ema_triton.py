@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cosmos_fast.ops.adamw_ema import adamw_ema_
-from cosmos_kernels.adamw_ema_triton import _programs, grad_norm
+from cosmos_kernels.adamw_ema_triton import _norm_kernel, _programs, _table, grad_norm
 from cosmos_kernels.adamw_ema_triton import adamw_ema_ as step_
 from tests.kernels import adamw_ema_cases as cases
 
@@ -35,6 +36,23 @@ def test_programs_are_those_of_the_tensors_in_order() -> None:
     owner, first = _programs((1, 0, 4096, 2049, 0), torch.device("cpu"))
     assert owner.tolist() == [0, 2, 2, 3, 3]
     assert first.tolist() == [0, 1, 1, 3, 5]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_wide_loads_only_where_every_address_allows(device: str, shift: int) -> None:
+    """On a GPU an address that is no multiple of 16 bytes would be a fault."""
+    tensors = cases.make([64, 5], device=device)
+    assert _table(tensors, [64, 5])[1]
+    moved = replace(tensors, exp_avgs=[torch.zeros(64 + shift, device=device)[shift:], tensors.exp_avgs[1]])
+    assert _table(moved, [64, 5])[1] == (shift == 0)
+
+
+def test_partial_sums_are_added_in_double_precision(device: str) -> None:
+    """In single precision the ones would be lost beside the first."""
+    partial, norm = torch.ones(40_000, device=device), torch.zeros((), device=device)
+    partial[::1024] = 2.0**26
+    _norm_kernel[(1,)](partial, norm, len(partial), 1024, num_warps=4)
+    assert math.isclose(float(norm), math.sqrt(float(partial.double().sum())), rel_tol=1e-7)
 
 
 def test_flat_buffers_through_the_operation(device: str) -> None:

@@ -84,6 +84,32 @@ def test_several_tiles_programs_pieces_and_chunks(monkeypatch, dtype, device):
     _check({name: x.to(dtype) for name, x in _inputs((2, 2, 1, 2, 70, 90, 32, 48), device).items()})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_carries_its_rows_over_many_tiles(monkeypatch, dtype, device):
+    """Peaks that rise from tile to tile: what has been summed is told to the new peak."""
+    monkeypatch.setattr(distill_triton, "MAX_BLOCK_N", 32 if dtype != torch.float32 else 128)
+    monkeypatch.setattr(distill_triton, "MIN_PROGRAMS", 1)
+    inputs = _inputs((2, 1, 1, 1, 20, 130, 32, 48), device, 5.0)
+    rising = torch.linspace(0.2, 6.0, 130, device=device)[:, None]
+    inputs["student_b"], inputs["teacher_b"] = rising * inputs["student_b"], rising.flip(0) * inputs["teacher_b"]
+    launches = []
+    kernel = distill_triton._statistics_kernel
+    monkeypatch.setattr(distill_triton, "_statistics_kernel", _Recorded(kernel, launches))
+    _check({name: x.to(dtype) for name, x in inputs.items()})
+    assert [grid[1] for grid in launches] == [1]  # one program a row tile: nothing is merged afterwards
+
+
+class _Recorded:
+    """A kernel whose grids are kept."""
+
+    def __init__(self, kernel, grids):
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
 def test_teacher_of_another_dtype(device):
     inputs = _inputs(SHAPES[2], device)
     _check({**inputs, "teacher_a": inputs["teacher_a"].bfloat16(), "teacher_b": inputs["teacher_b"].bfloat16()})

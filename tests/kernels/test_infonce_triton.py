@@ -75,6 +75,14 @@ def test_no_worse_than_eager_in_the_same_dtype(
     assert found.gradients["a_VBD"].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16])
+def test_the_scale_stays_in_fp32(dtype: torch.dtype, device: str) -> None:
+    """14.3 is 14.3125 in bf16 and 14.297 in fp16."""
+    a, b = features(2, 20, 32, device).to(dtype), features(1, 20, 32, device, seed=1).to(dtype)
+    truth = reference.multiview_infonce(a.double(), b.double(), scalar(14.3, device).double())
+    torch.testing.assert_close(TRITON(a, b, scalar(14.3, device)).double(), truth, rtol=2e-6, atol=0)
+
+
 @pytest.mark.parametrize(("batch", "columns", "offset"), COLUMNS)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_local_rows_against_more_columns(batch: int, columns: int, offset: int, scale: float, device: str) -> None:
@@ -88,6 +96,32 @@ def test_local_rows_against_more_columns(batch: int, columns: int, offset: int, 
     truth, eager = outcome(eager_op, inputs, torch.float64), outcome(eager_op, inputs)
     found = outcome(partial(TRITON, offset=offset), inputs)
     assert_no_worse(found, eager, truth, extra_floor=EXTRA)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT16])
+def test_more_columns_than_rows_in_half_precision(dtype: torch.dtype, device: str) -> None:
+    """Products of the same rounded features in fp32: only the gradients are rounded."""
+    a, b = features(2, 64, 48, device).to(dtype), features(1, 200, 48, device, seed=1).to(dtype)
+    inputs = {"a_VBD": a, "b_VBD": b, "scale": scalar(14.3, device)}
+    eager_op = partial(multiview_infonce, offset=100, backend="eager")
+    truth, eager = outcome(eager_op, inputs, torch.float64), outcome(eager_op, inputs)
+    found = outcome(partial(TRITON, offset=100), inputs)
+    # G is rounded to the features' dtype before the library multiplies it.
+    assert_no_worse(found, eager, truth, extra_floor=torch.finfo(dtype).eps, lucky=("a_VBD", "b_VBD", "scale"))
+    assert found.gradients["b_VBD"].dtype == dtype
+
+
+def test_small_gradients_keep_their_digits_in_half_precision(device: str) -> None:
+    """Of a batch so large that every probability is 1e-7, which fp16 has two digits of, unless it is scaled up."""
+    x, y = features(1, 64, 32, device).to(HALF), features(1, 128, 32, device, seed=1).to(HALF)
+    y[:, 64:] = 0.0  # the partners: the diagonal leaves nothing
+    scale = scalar(14.3, device)
+    row_lse, col_lse, _ = infonce_tiled.log_sum_exps(x.double(), y.double(), scale.double(), 64)
+    row_lse, col_lse = row_lse + 16.0, torch.full_like(col_lse, float("inf"))
+    found, _ = infonce_triton.feature_gradients(x, y, scale, row_lse.float(), col_lse.float(), 64, False)
+    args = x.double(), y.double(), scale.double(), row_lse, col_lse
+    truth, _ = infonce_tiled.feature_gradients(*args, 64, False)
+    assert (found.double() - truth).norm() <= 2e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("name", EXTREMES)

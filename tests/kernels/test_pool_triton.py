@@ -83,11 +83,23 @@ def test_many_samples(shape, device):
     _check(inputs, shape[4], without_gradient=tuple(inputs) if shape[0] > 100 else ())
 
 
+@pytest.mark.long
+def test_gradients_of_many_samples(device):
+    _check(_inputs(MANY[-1], torch.float16, device), MANY[-1][4])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e4, 1e-2])
 def test_tokens_of_any_size(size, dtype, device):
     """1 / std of 1e-4 times a weight, or a gradient of that size, is below what fp16 can hold."""
     _check(_inputs((2, 8, 12, 48, 4), dtype, device, size), 4)
+
+
+def test_large_tokens_that_share_their_weight(device):
+    """Of 196 alike each weighs 1 / 196, times 1 / std of 1e-4: fp16 would have three bits for the product."""
+    inputs = _inputs((1, 8, 196, 32, 4), torch.float16, device, 1e4)
+    inputs["in_proj_weight"] *= 0.1
+    _check(inputs, 4)
 
 
 def test_tokens_of_very_different_sizes_in_one_sample(device):

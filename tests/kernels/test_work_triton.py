@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-from cosmos_kernels import distill_triton, infonce_triton, pool_triton, triton_support
+from cosmos_kernels import distill_triton, infonce_backward_triton, infonce_triton, pool_triton, triton_support
 
 pytestmark = pytest.mark.skipif(
     not triton_support.INTERPRETED or not hasattr(interpreter, "InterpreterBuilder"),
@@ -85,3 +86,57 @@ def test_pooling_meets_the_tokens_twice_forward_and_six_times_backward_with_one_
     work.clear()
     pool_triton.attend_backward(tokens, queries, lse, queries)
     assert work == {"multiply_adds": 6 * meeting, "exps": 2 * SIZE * SIZE}
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made; the interpreter has copies of some as bytes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.nbytes = max(self.nbytes, out.nbytes if isinstance(out, Tensor) else 0)
+        return out
+
+
+def test_infonce_works_within_its_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial log-sum-exps of one pair of views at a time, and the gradient of a part of the 2 x 3 pairs."""
+    rows, columns, scale = unit(2, 0), unit(3, 1), torch.tensor(14.3)
+    monkeypatch.setattr(infonce_triton, "PARTIALS_BYTES", 4 * 2 * SIZE)
+    monkeypatch.setattr(infonce_backward_triton, "GRADIENT_BYTES", 4 * 2 * SIZE * SIZE)
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(infonce_triton, "_log_sum_exps_kernel", Recorded(infonce_triton._log_sum_exps_kernel, grids))
+    row_lse, col_lse, _ = infonce_triton.log_sum_exps(rows, columns, scale, 0)
+    assert grids == [(1,)] * 2 * 3
+    with Largest() as made:
+        infonce_triton.feature_gradients(rows, columns, scale, row_lse, col_lse, 0, True)
+    assert made.nbytes <= 4 * 2 * SIZE * SIZE
+
+
+def test_distillation_works_within_its_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of pieces, and the gradient's matrix, of 4 x 3 views one or two at a time."""
+    features = unit(4, 0), unit(3, 1), unit(4, 2), unit(3, 3)
+    scales = torch.tensor(14.3), torch.tensor(13.0)
+    pieces = 5 * 3 * SIZE  # of one row tile and view
+    monkeypatch.setattr(distill_triton, "STATE_BYTES", 4 * 2 * pieces)
+    monkeypatch.setattr(distill_triton, "MIN_PROGRAMS", 1)
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(distill_triton, "_statistics_kernel", Recorded(distill_triton._statistics_kernel, grids))
+    states = distill_triton.statistics(*features, *scales)
+    assert [tiles * pairs for tiles, _, pairs in grids] == [2 * 3, 2 * 3]
+    monkeypatch.setattr(distill_triton, "CHUNK_ROWS", SIZE)
+    monkeypatch.setattr(distill_triton, "CHUNK_BYTES", 4 * SIZE * SIZE)
+    with Largest() as made:
+        distill_triton.feature_gradients(*features, *scales, *states, 1.0, 1.0, True, True)
+    assert made.nbytes <= 4 * max(SIZE * SIZE, 4 * SIZE * DIM)
+
+
+class Recorded:
+    """A kernel whose grids are kept."""
+
+    def __init__(self, kernel: Any, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return self.kernel[grid]

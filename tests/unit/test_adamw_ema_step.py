@@ -32,7 +32,7 @@ def make(dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
 
 
 def torch_steps(count: int, clip_norm: float) -> list[list[Tensor]]:
-    """clip_grad_norm_, a loop of averages, torch.optim.AdamW, clamps; in fp64. Returns params and averages."""
+    """clip_grad_norm_, a loop of averages, torch.optim.AdamW, clamps; in fp64. Params, averages and both moments."""
     params, grads, _, _, ema = make(torch.float64)
     leaves = [p.requires_grad_() for p in params]
     groups = [{"params": leaves[:2], "weight_decay": 0.5}, {"params": leaves[2:], "weight_decay": 0.0}]
@@ -47,7 +47,8 @@ def torch_steps(count: int, clip_norm: float) -> list[list[Tensor]]:
             for i in LOG_SCALES:
                 leaves[i].clamp_(0, math.log(100))
                 ema[i].clamp_(0, math.log(100))
-    return [[leaf.detach() for leaf in leaves], ema]
+    moments = [[optimizer.state[leaf][name] for leaf in leaves] for name in ("exp_avg", "exp_avg_sq")]
+    return [[leaf.detach() for leaf in leaves], ema, *moments]
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, 1e6])
@@ -71,9 +72,9 @@ def test_one_call_is_clipping_average_adamw_and_clamp(backend: str, clip_norm: f
     ]
     truth = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     assert all(norm is not None and math.isclose(float(norm), truth, rel_tol=1e-6) for norm in norms)
-    for found, wanted in zip((params, ema), torch_steps(4, clip_norm), strict=True):
+    for found, wanted in zip((params, ema, exp_avgs, exp_avg_sqs), torch_steps(4, clip_norm), strict=True):
         for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
     for copy, group in zip(copies, (params, ema), strict=True):
         assert all(torch.equal(got, want.bfloat16()) for got, want in zip(copy, group, strict=True))
 
@@ -90,6 +91,16 @@ def test_nonfinite_norm_leaves_every_bit(backend: str, norm: Tensor | None) -> N
     assert not math.isfinite(float(found))
     for old, new in zip(before, lists, strict=True):
         assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_still_needs_the_old_parameters_fails(backend: str) -> None:
+    params, *others = make()
+    leaf = torch.nn.Parameter(params[0])
+    loss = leaf.square().sum()
+    adamw_ema_([leaf, *params[1:]], *others, step=1, weight_decay=0.1, **HYPER, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -81,6 +81,21 @@ def test_low_precision_inputs_are_summed_in_fp32(dtype):
         assert (ours.double() - true.double()).norm() <= 2 * noise + rounding
 
 
+@pytest.mark.parametrize("backend", ["tiled", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_scale_stays_in_fp32(dtype, backend):
+    """14.3 is 14.3125 in bf16 and 14.297 in fp16: with products as exact as sums, the loss would show it."""
+    torch.manual_seed(0)
+    a, b = (_features(2, 9, 8, torch.float32).detach().to(dtype) for _ in range(2))
+    scale = torch.tensor(14.3, requires_grad=True)
+    exact = scale.detach().double().requires_grad_()
+    truth = reference.multiview_infonce(a.double(), b.double(), exact)
+    loss = multiview_infonce(a, b, scale, backend=backend)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    found, expected = torch.autograd.grad(loss, scale)[0], torch.autograd.grad(truth, exact)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
 def test_no_logits_are_stored_and_workspace_does_not_grow_with_the_batch():
     torch.manual_seed(0)
     batch, dim = 512, 16

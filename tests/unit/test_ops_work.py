@@ -20,6 +20,7 @@ from cosmos_fast.ops import (
     cross_pool_products,
     cross_pool_tiled,
     distill_tiled,
+    distillation_cross_entropy,
     infonce_tiled,
     multiview_infonce,
 )
@@ -126,6 +127,30 @@ def test_infonce_keeps_its_inputs_and_two_log_sum_exps() -> None:
     inputs = {x.untyped_storage().data_ptr() for x in (a, b, scale)}
     assert sum(x.numel() for pointer, x in saved.items() if pointer not in inputs) == 4 * 2 * (BATCH + BATCH)
     assert not [name for name, value in vars(loss.grad_fn).items() if isinstance(value, Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sides"),
+    [("a", (True, False)), ("b", (False, True)), ("scale", (True, False)), ("b scale", (False, True))],
+)
+def test_distillation_works_for_the_sides_that_want_a_gradient(
+    wanted: str, sides: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale takes the gradient of a side that is there, else of the first."""
+    asked: list[tuple[bool, bool]] = []
+
+    def backward(*given: Any) -> Any:
+        asked.append(given[-2:])
+        return distill_tiled.feature_gradients(*given)
+
+    stages = SimpleNamespace(statistics=distill_tiled.statistics, feature_gradients=backward)
+    monkeypatch.setattr(backends, "_BACKENDS", {op: list(found) for op, found in backends._BACKENDS.items()})
+    backends.register(backends.Backend("distillation_cross_entropy", "watched", stages))
+    student = {"a": unit(3, 5, 0), "b": unit(2, 5, 1), "scale": torch.tensor(9.0)}
+    a, b, scale = (x.requires_grad_(name in wanted.split()) for name, x in student.items())
+    teacher = unit(3, 5, 2), unit(2, 5, 3)
+    distillation_cross_entropy(a, b, *teacher, scale, torch.tensor(8.0), backend="watched").backward()
+    assert asked == [sides]
 
 
 @pytest.mark.parametrize(("scale", "exps"), [(14.3, 1), (3000.0, 2)])
