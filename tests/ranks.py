@@ -13,7 +13,10 @@ import torch.multiprocessing as mp
 
 TIMEOUT_S = 300.0  # of whatever the ranks wait for: a failure, never a measure of speed
 # By the process that all others are forks of. One such process serves all tests: these are for all of them.
-PRELOADED = ["torch.distributed", "cosmos_fast.engine.trainer", "cosmos_fast.cli.train", "cosmos_fast.data.loader"]
+PRELOADED = [
+    *("torch.distributed", "cosmos_fast.engine.trainer", "cosmos_fast.cli.train", "cosmos_fast.data.loader"),
+    "torch._dynamo",  # which every optimizer imports when it is made, for seconds
+]
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any) -> None:

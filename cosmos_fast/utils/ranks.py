@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.network import INTERFACE, choose_interface, lost_ranks_explained
+from cosmos_fast.utils.rendezvous import keeps_store, store_of_this_try
 
 TIMEOUT_S = 1800.0
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -250,7 +251,12 @@ def _meet(place: Ranks, backend: str, timeout_s: float) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     choose_interface(address, port, one_host=place.local_world_size == place.world_size)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        if keeps_store():
+            store = store_of_this_try(place.rank, place.world_size, timeout_s)
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         listening = os.environ.get(INTERFACE, "none that was chosen")
         raise UserError(
