@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cosmos_fast.cli import batch_size, profiling
+from cosmos_fast.cli.start_up import check_command, check_data, watch_hooks
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
@@ -147,17 +148,22 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     from cosmos_fast.engine.run_folder import RunPlan, plan_run
     from cosmos_fast.engine.trainer import Trainer
     from cosmos_fast.utils.ranks import device_of_rank, joined_ranks
+    from cosmos_fast.utils.watchdog import Watchdog
 
     always, waits_s = config.run.engine == "deepspeed", config.run.collective_timeout_s
     with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
+        check_command(ranks, config)
         plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
         with ranks.together(), out_of_memory_explained(config):
             device = resolve_device(device_of_rank(config.run.device, ranks))
             validators = make_validators(config) if ranks.first else []
             loader = open_loader(config, plan, device, ranks)
             opened.callback(loader.close)
+        check_data(ranks, loader.identity, loader.samples_per_epoch)
+        watchdog = opened.enter_context(Watchdog(config.run.watchdog_s, plan.folder, ranks))
         with out_of_memory_explained(config):
-            trainer = Trainer(config, loader, validators, plan=plan, ranks=ranks)
+            trainer = Trainer(config, loader, validators, plan=plan, ranks=ranks, clock=watchdog)
+            watch_hooks(trainer, watchdog)
             trainer.fit()
     if loader.stats:
         _log.warning("samples skipped: %s", loader.account.summary())

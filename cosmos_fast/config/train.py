@@ -76,7 +76,9 @@ class RunConfig:
     threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
     always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf
     before the run stops. collective_timeout_s: how long a rank waits for the others before it ends; longer than rank 0
-    takes to save and evaluate.
+    takes to save and evaluate. watchdog_s: seconds without a sign of life after which a rank writes down where it hangs
+    and ends, so that its launcher can start it anew; twice that before the first step is done, and in evaluation and
+    saving; 0 waits for ever.
     """
 
     out_dir: str = "runs"
@@ -93,6 +95,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     collective_timeout_s: float = 1800.0
+    watchdog_s: float = 900.0
     log_every_steps: int = 20
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
@@ -111,6 +114,7 @@ class RunConfig:
         require_choice("run.engine", self.engine, ("auto", "plain", "deepspeed"))
         require_choice("run.teacher_copy", self.teacher_copy, ("auto", "whole", "parts"))
         require_choice("run.precision", self.precision, ("auto", "fp32", "bf16", "fp16"))
+        require_not_negative("run", self, "watchdog_s")
         for name in ("epochs", "max_steps", "threads"):
             if getattr(self, name) is not None:
                 require_positive("run", self, name)

@@ -26,7 +26,7 @@ _HARMLESS = (
     *("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads"),
     *("run.out_dir", "run.world_size_hint", "run.engine", "run.teacher_copy", "run.max_nonfinite_steps"),
     *("data.workers", "data.prefetch", "data.dali.threads", "data.dali.ahead"),
-    *("name", "evaluate.", "deepspeed"),
+    *("name", "evaluate.", "deepspeed", "run.watchdog_s", "run.collective_timeout_s"),
 )
 
 
