@@ -32,6 +32,7 @@ def top_k_accuracy(image_BD: Tensor, class_CD: Tensor, label_B: Tensor, ks: Sequ
 
 @torch.no_grad()
 def encode_images(model: Encoder, batches: Iterable[Tensor]) -> Tensor:
-    """Normalised features [N, D] float32 of image batches [B, 3, H, W], on the model's device."""
+    """Normalised features [N, D] float32 of image batches [B, 3, H, W], on the model's device; [0] of none."""
     device = next(model.parameters()).device
-    return torch.cat([model.encode_image(batch.to(device), normalize=True).float() for batch in batches])
+    found = [model.encode_image(batch.to(device), normalize=True).float() for batch in batches]
+    return torch.cat(found) if found else torch.empty(0, device=device)

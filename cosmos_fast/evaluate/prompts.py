@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.utils.errors import UserError
 
@@ -45,7 +46,9 @@ def fill_templates(name: str, wordings: Mapping[str, Sequence[str]], templates: 
 
 
 @torch.no_grad()
-def encode_texts(model: Encoder, texts: Sequence[str], tokenize: Tokenize, normalize: bool = True) -> Tensor:
+def encode_texts(
+    model: Encoder, texts: Sequence[str], tokenize: Tokenize, normalize: bool = True, division: Division = ALONE
+) -> Tensor:
     """Features [len(texts), D] float32 on the model's device. Equal texts are encoded once."""
     unique = list(dict.fromkeys(texts))
     row = {text: index for index, text in enumerate(unique)}
@@ -53,10 +56,12 @@ def encode_texts(model: Encoder, texts: Sequence[str], tokenize: Tokenize, norma
     order = sorted(range(len(unique)), key=lambda index: len(unique[index]))
     device = next(model.parameters()).device
     features: list[Tensor] = []
-    for start in range(0, len(order), TEXT_BATCH):
-        tokens_BL = tokenize([unique[index] for index in order[start : start + TEXT_BATCH]]).to(device)
-        features.append(model.encode_text(tokens_BL, normalize=normalize).float())
-    sorted_SD = torch.cat(features)
+    with division.together():
+        for block in division.own(-(-len(order) // TEXT_BATCH)):
+            rows = order[block * TEXT_BATCH : (block + 1) * TEXT_BATCH]
+            tokens_BL = tokenize([unique[index] for index in rows]).to(device)
+            features.append(model.encode_text(tokens_BL, normalize=normalize).float())
+    sorted_SD = division.cat(features)
     place = torch.empty(len(order), dtype=torch.long)
     place[torch.tensor(order)] = torch.arange(len(order))
     return sorted_SD[place[torch.tensor([row[text] for text in texts])].to(device)]
@@ -67,19 +72,23 @@ def ensemble(prompt_TD: Tensor) -> Tensor:
     return functional.normalize(functional.normalize(prompt_TD.float(), dim=-1).mean(dim=0), dim=-1)
 
 
-def class_features(model: Encoder, classes: ClassSet, tokenize: Tokenize) -> Tensor:
+def class_features(model: Encoder, classes: ClassSet, tokenize: Tokenize, division: Division = ALONE) -> Tensor:
     """One feature a class, over all its wordings and templates: float32 [C, D], normalised (classification)."""
     groups = [[prompt for wording in wordings for prompt in wording] for wordings in classes.prompts]
-    return _encode_groups(model, groups, tokenize)
+    return _encode_groups(model, groups, tokenize, division)
 
 
-def synonym_features(model: Encoder, classes: ClassSet, tokenize: Tokenize) -> tuple[Tensor, Tensor]:
+def synonym_features(
+    model: Encoder, classes: ClassSet, tokenize: Tokenize, division: Division = ALONE
+) -> tuple[Tensor, Tensor]:
     """One feature a wording: float32 [S, D] normalised, and int64 [S], the class of each (segmentation)."""
-    features_SD = _encode_groups(model, [list(wording) for row in classes.prompts for wording in row], tokenize)
+    features_SD = _encode_groups(
+        model, [list(wording) for row in classes.prompts for wording in row], tokenize, division
+    )
     owner = [index for index, row in enumerate(classes.prompts) for _ in row]
     return features_SD, torch.tensor(owner, device=features_SD.device)
 
 
-def _encode_groups(model: Encoder, groups: list[list[str]], tokenize: Tokenize) -> Tensor:
-    features = encode_texts(model, [prompt for group in groups for prompt in group], tokenize)
+def _encode_groups(model: Encoder, groups: list[list[str]], tokenize: Tokenize, division: Division) -> Tensor:
+    features = encode_texts(model, [prompt for group in groups for prompt in group], tokenize, division=division)
     return torch.stack([ensemble(part) for part in features.split([len(group) for group in groups])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from cosmos_fast.evaluate.scenes import SceneSet
 from cosmos_fast.evaluate.tasks import TaskResult
+from cosmos_fast.utils.ranks import ONE, Ranks
 
 PACKAGES = ("cosmos-fast", "torch", "numpy", "pillow", "tokenizers")
 
@@ -48,10 +50,15 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def data_record(scenes: SceneSet) -> dict[str, Any]:
-    """Names of the shards (no folders), their digest, and what had to be skipped."""
+def data_record(scenes: SceneSet, ranks: Ranks = ONE) -> dict[str, Any]:
+    """Names of the shards (no folders), their digest, and what had to be skipped on any rank; called by every rank,
+    of use on the first."""
+    skipped: Counter[str] = Counter()
+    for counts in ranks.gather(dict(scenes.faults.counts)):
+        skipped.update(counts)
     shards = [shard.name for index in scenes.indexes for shard in index.shards]
-    return {"shards": shards, "samples": len(scenes), "skipped": dict(scenes.faults.counts), "sha256": scenes.sha256()}
+    digest = scenes.sha256() if ranks.first else ""  # reads every shard
+    return {"shards": shards, "samples": len(scenes), "skipped": dict(skipped), "sha256": digest}
 
 
 def task_records(results: Mapping[str, TaskResult]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
 from cosmos_fast.utils.errors import UserError
 
 MAX_MEMBER_BYTES = 64 * 1024 * 1024
+BLOCK = 64
 # Decoded scenes are kept for the next model up to this many bytes of pixels.
 CACHE_BYTES = 512 * 1024 * 1024
 
@@ -77,9 +78,9 @@ class Meta:
 
 
 class SceneSet:
-    """Usable samples of some shards, in shard order; broken ones are counted in `faults`, never evaluated.
+    """Usable samples of some shards, in shard order and in blocks; broken ones are counted in `faults`, not evaluated.
 
-    storage: how remote shards are read.
+    storage: how remote shards are read. block_size: samples of a block, broken ones included; None is BLOCK.
     """
 
     def __init__(
@@ -87,48 +88,82 @@ class SceneSet:
         sources: tuple[SourceConfig, ...],
         max_samples: int | None = None,
         storage: Storage | None = None,
+        block_size: int | None = None,
     ) -> None:
         self.sources = sources
         self.indexes = [open_source(source, storage=storage) for source in sources]
-        self._places = [(index, i) for index in self.indexes for i in range(len(index))][:max_samples]
+        self.block_size = block_size or BLOCK
+        self._start([(index, i) for index in self.indexes for i in range(len(index))][:max_samples])
+
+    def _start(self, places: list[tuple[Index, int]]) -> None:
+        self._places = places
         self.faults = FaultAccount(max_bad_share=1.0)
-        self._cache: list[Scene] | None = None
+        self._looked_at: set[int] = set()  # blocks whose faults are counted
+        self._kept: dict[int, list[Scene]] = {}
+        self._kept_bytes = 0
 
     def first(self, count: int) -> SceneSet:
         """The first `count` samples as a set of their own."""
         part = copy(self)
-        part._places, part._cache = self._places[:count], None
+        part._start(self._places[:count])
         return part
 
     def __len__(self) -> int:
         """Samples in the shards; as many as iteration yields if none is broken."""
         return len(self._places)
 
+    @property
+    def blocks(self) -> int:
+        """How many there are; the last may be a short one."""
+        return -(-len(self._places) // self.block_size)
+
+    def samples_in(self, blocks: Iterable[int]) -> int:
+        """Samples of these blocks, broken ones included."""
+        return sum(len(self._places[self._span(number)]) for number in blocks)
+
     def __iter__(self) -> Iterator[Scene]:
-        """Every usable scene. Decoded once if they fit the cache. UserError: none is usable, a remote shard is away."""
-        if self._cache is not None:
-            yield from self._cache
+        """Every usable scene. UserError: none is usable, a remote shard is away."""
+        usable = 0
+        for number in range(self.blocks):
+            for scene in self.block(number):
+                usable += 1
+                yield scene
+        self.check_usable(usable)
+
+    def block(self, number: int) -> Iterator[Scene]:
+        """The usable scenes of a block; decoded once if they fit the cache. UserError: a remote shard is away."""
+        if number in self._kept:
+            yield from self._kept[number]
             return
-        kept: list[Scene] | None = []
-        kept_bytes = usable = 0
-        self.faults = FaultAccount(max_bad_share=1.0)
-        for index, i in self._places:
+        kept: list[Scene] = []
+        faults: list[Fault] = []
+        for index, i in self._places[self._span(number)]:
             try:
                 scene = read_scene(index, i)
             except SampleFault as fault:
                 stop_where_out_of_reach(fault, index.name(i))
-                self.faults.note([Fault(fault.cause, index.name(i), fault.detail)])
+                faults.append(Fault(fault.cause, index.name(i), fault.detail))
                 continue
-            usable += 1
-            kept_bytes += 4 * scene.image.width * scene.image.height
-            if kept is not None and kept_bytes <= CACHE_BYTES:
+            size = 4 * scene.image.width * scene.image.height
+            if self._kept_bytes + size <= CACHE_BYTES:
+                self._kept_bytes += size
                 kept.append(scene)
-            else:
-                kept = None
             yield scene
+        if number not in self._looked_at:
+            self._looked_at.add(number)
+            self.faults.note(faults)
+        if len(kept) + len(faults) == len(self._places[self._span(number)]):
+            self._kept[number] = kept
+        else:
+            self._kept_bytes = CACHE_BYTES  # full: of what does not fit whole, nothing is kept
+
+    def check_usable(self, usable: int) -> None:
+        """UserError where no sample is, on any rank."""
         if not usable:
             raise UserError(f"evaluation data {self.name}: no usable sample ({self.faults.summary()})")
-        self._cache = kept
+
+    def _span(self, number: int) -> slice:
+        return slice(number * self.block_size, (number + 1) * self.block_size)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,47 +14,58 @@ from cosmos_fast.data.images import eval_crop, normalize
 from cosmos_fast.data.storage import Storage
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.chance import retrieval_chance
-from cosmos_fast.evaluate.encoder import Encoder
+from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
-from cosmos_fast.evaluate.scenes import SceneSet
+from cosmos_fast.evaluate.scenes import Scene, SceneSet
 
 Validator = Callable[[int, nn.Module, nn.Module], dict[str, float]]
 KEPT = ("r1", "r5", "r10", "median_rank")
 
 
-def build_validators(config: TrainConfig) -> list[Validator]:
-    """Validators for a run: held-out retrieval if evaluate.data names shards, else none.
+def build_validators(config: TrainConfig, division: Division = ALONE) -> list[Validator]:
+    """Validators for a run: held-out retrieval if evaluate.data names shards, else none; called by every rank.
 
     The shards are read here, remote ones as `data.remote` says, so that a missing or empty one stops the run before its
     first step. UserError.
     """
     if not config.evaluate.data:
         return []
-    scenes = SceneSet(config.evaluate.data, config.evaluate.max_samples, Storage.of(config.data))
-    return [RetrievalValidator(config, scenes)]
+    return [RetrievalValidator(config, division)]
 
 
 class RetrievalValidator:
     """Callable (step, student, teacher) -> `student_i2t_r1`, ..., `teacher_t2i_median_rank`, `chance_i2t_r1`, ...
 
-    Pixels (as bytes) and token ids are made once and kept, so that a call only runs the two models.
+    Every rank calls it, and gets the numbers of one process. Pixels (as bytes) and token ids of the rank's own batches
+    are made once and kept, so that a call only runs the two models.
     """
 
-    def __init__(self, config: TrainConfig, scenes: SceneSet) -> None:
-        self.batch_size = config.evaluate.batch_size
-        size = config.model.vision.image_size
-        pixels: list[Tensor] = []
-        texts: list[str] = []
-        owner: list[int] = []
-        for i, scene in enumerate(scenes):
-            pixels.append(torch.from_numpy(np.array(eval_crop(scene.image, size))).permute(2, 0, 1))
-            texts.extend(scene.captions)
-            owner.extend([i] * len(scene.captions))
-        self.pixels_N3HW = torch.stack(pixels)
+    def __init__(self, config: TrainConfig, division: Division = ALONE) -> None:
+        assert config.evaluate.data is not None
+        self.division = division
+        batch_size, self.image_size = config.evaluate.batch_size, config.model.vision.image_size
+        self.pixels: list[Tensor] = []  # of an own block: uint8 [n, 3, size, size]
+        captions: list[list[list[str]]] = []
+        with division.together():
+            data = config.evaluate
+            scenes = SceneSet(data.data or (), data.max_samples, Storage.of(config.data), block_size=batch_size)
+            for number in division.own(scenes.blocks):
+                found = [(self._pixels(scene), list(scene.captions)) for scene in scenes.block(number)]
+                captions.append([texts for _, texts in found])
+                empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+                self.pixels.append(torch.stack([pixels for pixels, _ in found]) if found else empty)
+        self.blocks = scenes.blocks
+        of_scenes = [texts for block in division.join(captions) for texts in block]
+        scenes.check_usable(len(of_scenes))
+        texts = [(text, i) for i, one in enumerate(of_scenes) for text in one]
         # Captions of similar length stand together, so that packed text towers do no work on padding.
-        order = sorted(range(len(texts)), key=lambda j: len(texts[j]))
-        self.tokens_ML = tokenize([texts[j] for j in order], config.model.text.context_length)
-        self.owner_M = torch.tensor([owner[j] for j in order])
+        texts.sort(key=lambda pair: len(pair[0]))
+        self.owner_M = torch.tensor([owner for _, owner in texts])
+        self.text_blocks = -(-len(texts) // batch_size)
+        self.tokens = [
+            tokenize([text for text, _ in texts[k * batch_size : (k + 1) * batch_size]], self._length(config))
+            for k in division.own(self.text_blocks)
+        ]
         self.chance = retrieval_chance(torch.bincount(self.owner_M).tolist())
 
     def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
@@ -64,15 +76,22 @@ class RetrievalValidator:
                     metrics[f"{name}_{key}"] = value
         return metrics
 
+    def _pixels(self, scene: Scene) -> Tensor:
+        return torch.from_numpy(np.array(eval_crop(scene.image, self.image_size))).permute(2, 0, 1)
+
+    @staticmethod
+    def _length(config: TrainConfig) -> int:
+        return config.model.text.context_length
+
     @torch.no_grad()
-    def _retrieval(self, model: Encoder | nn.Module) -> dict[str, float]:
+    def _retrieval(self, model: nn.Module) -> dict[str, float]:
+        encode: Any = model
         device = next(model.parameters()).device
-        image = [
-            model.encode_image(normalize(part.to(device))).float()  # type: ignore[operator]
-            for part in self.pixels_N3HW.split(self.batch_size)
-        ]
-        text = [
-            model.encode_text(part.to(device)).float()  # type: ignore[operator]
-            for part in self.tokens_ML.split(self.batch_size)
-        ]
-        return retrieval_metrics(torch.cat(image), torch.cat(text), self.owner_M.to(device))
+        with self.division.together():
+            image = [
+                encode.encode_image(normalize(part.to(device))).float() if len(part) else torch.empty(0, device=device)
+                for part in self.pixels
+            ]
+            text = [encode.encode_text(part.to(device)).float() for part in self.tokens]
+        image_ND, text_MD = self.division.cat(image), self.division.cat(text)
+        return retrieval_metrics(image_ND, text_MD, self.owner_M.to(image_ND.device))

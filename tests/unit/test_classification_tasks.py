@@ -17,7 +17,7 @@ from torch import nn
 
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
-from cosmos_fast.evaluate import tasks
+from cosmos_fast.evaluate import segmented_scenes, tasks
 from cosmos_fast.evaluate.attention import word_spans
 from cosmos_fast.evaluate.pixels import object_square
 from cosmos_fast.evaluate.scenes import SceneSet, read_meta
@@ -51,13 +51,13 @@ def test_scenes_carry_captions_objects_and_masks_that_agree(data: Path) -> None:
             assert y0 <= ys.min() <= ys.max() <= y1
 
 
-@pytest.mark.parametrize("kind", tasks.SEGMENT_KINDS)
+@pytest.mark.parametrize("kind", segmented_scenes.SEGMENT_KINDS)
 def test_true_segments_are_what_the_record_says_of_each_instance(data: Path, kind: str) -> None:
     scenes = open_set(data / "heldout")
     meta = scenes.require_meta("test")
     names = ("background", *(meta.shapes if kind == "shape" else meta.colours).classes)
     scene = next(iter(scenes))
-    truth = tasks.segment_truth(scene, names, kind)
+    truth = segmented_scenes.segment_truth(scene, names, kind)
     assert scene.mask_HW is not None
     for thing in scene.objects:
         assert {names[c] for c in truth[torch.from_numpy(scene.mask_HW == thing.instance)].tolist()} == {
@@ -178,7 +178,7 @@ def test_a_record_that_does_not_fit_meta_is_refused(data: Path) -> None:
     scene = next(iter(open_set(data / "heldout")))
     alien = replace(scene, objects=(replace(scene.objects[0], shape="dodecahedron"),))
     with pytest.raises(UserError, match="dodecahedron"):
-        tasks.segment_truth(alien, ("background", "circle"), "shape")
+        segmented_scenes.segment_truth(alien, ("background", "circle"), "shape")
 
 
 def test_nan_weights_are_refused_instead_of_scored(data: Path) -> None:

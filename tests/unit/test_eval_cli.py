@@ -21,6 +21,7 @@ from cosmos_fast.evaluate.validators import build_validators
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import create_model
 from cosmos_fast.recipes import get_recipe
+from tests.web import serve
 
 TINY = (
     "model.embed_dim=16",
@@ -107,6 +108,8 @@ MISTAKES = {
     "no meta.json": ({"data": "{place}/lonely/a"}, "meta.json"),
     "no folder for the result": ({"out": "{place}/nowhere/r.json"}, "does not exist"),
     "an unknown task": ({"tasks": "retrieval,detection"}, "detection"),
+    "a setting that evaluation has not": ({"set": "run.batch_size=4"}, "data.remote.*"),
+    "a setting that nothing has": ({"set": "data.remote.retry=4"}, "data.remote.retry_s"),
     "an unknown device": ({"device": "abacus"}, "abacus"),
 }
 
@@ -127,6 +130,26 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert len([line for line in error.splitlines() if line.startswith(("error:", "Error:"))]) == 1
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_remote_shards_are_read_as_the_settings_say(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COSMOS_CACHE_DIR", str(tmp_path / "cache"))
+    folder, files = tmp_path / "mine", [tmp_path / "local.json", tmp_path / "remote.json"]
+    with serve(place / "data/heldout") as web:
+        local = run_arguments(place, files[0], tasks="retrieval")
+        remote = run_arguments(place, files[1], tasks="retrieval", data=f"{web.url}/00000.tar")
+        assert run_command(command, local) == 0
+        assert run_command(command, [*remote, "--set", f"data.remote.cache_dir={folder}"]) == 0
+        assert [path for path in folder.rglob("*") if path.is_file()]
+        found = [json.loads(file.read_text())["tasks"] for file in files]
+        assert found[0] == found[1]
+        web.fail = 1_000_000
+        settings = ("--set", "data.remote.retry_s=0.01", "--set", "data.remote.cache_gib=0")
+        capsys.readouterr()
+        assert run_command(command, [*remote, *settings]) == 2
+        assert "503" in capsys.readouterr().err
 
 
 def report_arguments(place: Path, out: Path, *more: str) -> list[str]:

@@ -16,7 +16,8 @@ from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.attention import END, START, WordWeight, patch_map, word_spans, word_weights
 from cosmos_fast.evaluate.report import pictures
 from cosmos_fast.evaluate.scenes import Meta, Scene, SceneSet
-from cosmos_fast.evaluate.tasks import PairFeatures, segment_scenes, segment_texts, segment_truth
+from cosmos_fast.evaluate.segmented_scenes import segment_scenes, segment_texts, segment_truth
+from cosmos_fast.evaluate.tasks import PairFeatures
 from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.utils.errors import UserError
 

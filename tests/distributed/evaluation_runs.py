@@ -1,0 +1,67 @@
+"""Evaluations that several ranks divide among them; what each rank gets goes to a file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cosmos_fast.cli.eval import run as run_command
+from cosmos_fast.config import SourceConfig, TrainConfig, load_config
+from cosmos_fast.evaluate import prompts, record, scenes
+from cosmos_fast.evaluate.division import Division
+from cosmos_fast.evaluate.tasks import TASKS, evaluate
+from cosmos_fast.evaluate.validators import build_validators
+from cosmos_fast.model import load_checkpoint
+from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.ranks import Ranks, joined_ranks
+
+# Samples of a block: 12 scenes are three blocks of uneven size, or one, which leaves most ranks without work.
+BLOCKS = (5, 20)
+TEXT_BATCH = 7
+FAILS = 1  # the rank that cannot read, once
+
+
+def measured(place: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Every task and the validator of a training, for each size of the blocks."""
+    prompts.TEXT_BATCH = TEXT_BATCH
+    student, teacher = (load_checkpoint(place / "cosmos", weights) for weights in ("student", "teacher"))
+    found: dict[str, Any] = {}
+    for size in BLOCKS:
+        scenes.BLOCK = size
+        held = scenes.SceneSet((SourceConfig(path=str(place / "data/heldout")),))
+        for task in TASKS:
+            found[f"{task} {size}"] = asdict(evaluate(teacher, held, task, division=Division(ranks)))
+        found[f"skipped {size}"] = record.data_record(held, ranks)["skipped"]
+        sized = load_config(config, [f"evaluate.batch_size={size}"])
+        (validator,) = build_validators(sized, Division(ranks))
+        found[f"validator {size}"] = validator(3, student, teacher)
+    return found
+
+
+def run_all(place: Path, config: TrainConfig, out: str) -> None:
+    """What one rank finds, and how it hears of another's failure."""
+    with joined_ranks("cpu") as ranks:
+        found = measured(place, config, ranks)
+        plain = scenes.read_scene
+
+        def read(*arguments: Any) -> scenes.Scene:
+            if ranks.rank == FAILS:
+                raise UserError("the disk has gone")
+            return plain(*arguments)
+
+        scenes.read_scene, scenes.BLOCK = read, BLOCKS[0]
+        held = scenes.SceneSet((SourceConfig(path=str(place / "data/heldout")),))
+        try:
+            evaluate(load_checkpoint(place / "cosmos"), held, "retrieval", division=Division(ranks))
+        except UserError as error:
+            found["failure"] = str(error)
+        Path(out, f"{ranks.rank}.json").write_text(json.dumps(found))
+
+
+def run_cli(place: Path, out: str) -> None:
+    """`eval run` as a launcher starts it."""
+    scenes.BLOCK = BLOCKS[0]
+    arguments = ["--checkpoint", str(place / "cosmos"), "--data", str(place / "data/heldout"), "--device", "cpu"]
+    run_command.main([*arguments, "--tasks", "retrieval", "--out", out], standalone_mode=False)
