@@ -77,17 +77,18 @@ class Survey:
         return [(name, sum(n > self.context_length for n in counts), len(counts)) for name, counts in kinds if counts]
 
 
-def open_sources(path: str, storage: Storage | None = None) -> list[Index]:
+def open_sources(path: str, storage: Storage | None = None, opener: Callable[..., Index] = open_source) -> list[Index]:
     """The source at `path`; for a directory of directories of shards (a synthetic data set), all of them.
 
-    storage: how remote shards are read; of these, members are fetched one by one.
+    storage: how remote shards are read; of these, members are fetched one by one. opener: takes what open_source()
+    takes.
     """
     paths = [path]
     folder = Path(path).expanduser()
     if folder.is_dir() and not any(folder.glob("*.tar")):
         folders = sorted({shard.parent for shard in folder.glob("*/*.tar")}, key=lambda f: (f.name != "train", f.name))
         paths = [str(each) for each in folders] or paths
-    indexes = [open_source(SourceConfig(path=each), storage=storage) for each in paths]
+    indexes = [opener(SourceConfig(path=each), storage=storage) for each in paths]
     for index in indexes:
         index.keeps_pieces = False  # neighbours are not looked at
     return indexes

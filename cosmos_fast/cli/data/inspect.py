@@ -42,6 +42,7 @@ def command(
     the captions that training draws, and bad samples by cause. Writes a contact sheet (PNG) and a page (HTML) with all
     of it: crops and captions are those of the first epoch of a run.
     """
+    from cosmos_fast.cli.data.index import open_with_progress
     from cosmos_fast.data import contact_sheet, inspect, inspect_page  # imports torch, which --help need not wait for
     from cosmos_fast.data.storage import Storage
     from cosmos_fast.data.transport import shown
@@ -51,7 +52,7 @@ def command(
         raise UserError(f"--out {out}: it names the contact sheet, a PNG; the page goes beside it")
     config = resolve_settings(recipe, config_file, overrides, (path,))
     storage = Storage.of(config.data)
-    indexes = inspect.open_sources(path, storage)
+    indexes = inspect.open_sources(path, storage, open_with_progress)
     sheet = out or default_sheet(path, indexes)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
