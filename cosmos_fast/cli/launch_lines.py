@@ -68,7 +68,7 @@ def deepspeed(cluster: Cluster, arguments: Sequence[str]) -> str:
         [
             f"deepspeed --hostfile {shlex.quote(hostfile)} {meeting} --no_local_rank",
             f"--module {MODULE}",
-            *_argument_lines(arguments),
+            *_argument_lines([_for_a_second_shell(argument) for argument in arguments]),
         ]
     )
 
@@ -122,6 +122,21 @@ def slurm(cluster: Cluster, job: SlurmJob, name: str, arguments: Sequence[str]) 
 def resumes(arguments: Sequence[str]) -> bool:
     """Whether these options of `train` continue a run that is there."""
     return any(argument.partition("=")[0] == "--resume" for argument in arguments)
+
+
+def _for_a_second_shell(argument: str) -> str:
+    """DeepSpeed hands arguments to the shells of other servers, in double quotes if there is a space in them, else as
+    they are: braces, stars and dollars would be read once more."""
+    key, equals, value = argument.partition("=")
+    if not equals or not re.fullmatch(r"[\w.-]+", key):
+        key, equals, value = "", "", argument
+    escaped = re.sub(r"([\\$`])", r"\\\1", value)
+    if " " in argument:
+        return f"{key}{equals}{escaped}"
+    if shlex.quote(value) == value:
+        return argument
+    escaped = escaped.replace('"', '\\"')
+    return f'{key}{equals}"{escaped}"'
 
 
 def _argument_lines(arguments: Sequence[str]) -> list[str]:

@@ -98,6 +98,21 @@ def test_torchrun_on_several(programs: Path, capsys: pytest.CaptureFixture[str])
     assert text.startswith("# The same on each of the 3 servers: a b c\n")
 
 
+@pytest.mark.parametrize("overrides", [["--set", "name=plain"], ["--set", 'run.out_dir=it\'s $HOME; `x` "y" \\n']])
+def test_deepspeed_on_several_reads_arguments_twice(
+    overrides: list[str], programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As DeepSpeed does: it gives the shell of each server what it was given, in double quotes if there is a space."""
+    for data in ("shards/{00000..02175}.tar", "my shards/{0..1}.tar", "$HOME/*.tar"):
+        given = ["--recipe", "cc12m_vit_b_16", "--set", f"data.train={data}", *overrides]
+        ((arguments, _),) = execute(printed(["deepspeed", "--hosts", "a,b", "--", *given], capsys), programs)
+        start = arguments.index("cosmos_fast.cli.train") + 1
+        escaped = [word.replace('"', '\\"') for word in arguments[start:]]
+        handed = [f'"{new}"' if " " in old else old for old, new in zip(arguments[start:], escaped, strict=True)]
+        read = subprocess.run(["bash", "-c", f"printf '%s\\0' {' '.join(handed)}"], capture_output=True, text=True)
+        assert read.stdout.split("\0")[:-1] == given
+
+
 def test_torchrun_understands_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     """The parser of the installed torch takes every option that is printed."""
     from torch.distributed.run import get_args_parser
