@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_fast.cli.main import command, run
-from tests.downloads import PIXELPROSE_HEADER, pixelprose_row, write_csv, write_download, write_dreamlip
+from tests.downloads import PIXELPROSE_HEADER, dreamlip_row, pixelprose_row, write_csv, write_download, write_dreamlip
 from tests.tiny_run import TINY
 from tests.web import serve
 
@@ -64,6 +65,19 @@ def test_the_page_leads_from_published_files_to_a_training(
     metrics = list(Path("runs").rglob("metrics.jsonl"))
     assert len(metrics) == 2
     assert all(file.read_text().count('"kind": "train"') == 2 for file in metrics)
+
+
+def test_the_list_of_urls_has_one_for_every_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line of Python that the page gives; captions hold line breaks, which must not get into it."""
+    monkeypatch.chdir(tmp_path)
+    table = Path("cc3m_3long_3short_1raw_captions_url.csv")
+    rows = [{**dreamlip_row(number), "raw_caption": "two\nlines, and a comma"} for number in range(3)]
+    write_csv(table, list(rows[0]), rows)
+    (line,) = re.findall(r'^python -c "(.*?)"$', DOCUMENT.read_text().replace("\\\n", ""), re.M)
+    exec(line, {})
+    lines = Path("cc3m_urls.csv").read_text().splitlines()
+    assert list(csv.reader(lines)) == [["url"], *([row["Image Path"]] for row in rows)]
+    assert len(lines) == 4
 
 
 def write_pixelprose(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -146,9 +147,17 @@ def test_one_killed_before_its_first_line_is_none(shards: Path, caplog: pytest.L
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
-def test_workers_find_what_one_process_finds(shards: Path) -> None:
+def test_workers_find_what_one_process_finds(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = verified(shards).quarantine.read_bytes()
+    shared = []
+
+    def in_pool(index: Index, rules: Rules, workers: int, tasks: list[Task]) -> Iterator[tuple[Task, list[BadSample]]]:
+        shared.append((workers, len(tasks) > 2))
+        return verify_pool.verify_in_pool(index, rules, workers, tasks)
+
+    monkeypatch.setattr(verification, "verify_in_pool", in_pool)
     many = verified(shards, workers=2, again=True)
+    assert shared == [(2, True)]
     assert many.read == 15
     assert many.quarantine.read_bytes() == one
 
