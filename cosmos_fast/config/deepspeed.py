@@ -64,6 +64,12 @@ OWNED = {
 
 def check_deepspeed(given: Mapping[str, Any]) -> None:
     """UserError for a key that is unknown or owned elsewhere, or a value that cannot work."""
+    section = given.get("zero_optimization")
+    require(
+        not (isinstance(section, Mapping) and "offload_param" in section),
+        "deepspeed.zero_optimization.offload_param is not supported, because all weights are gathered for the backward "
+        "pass: set deepspeed.zero_optimization.offload_optimizer.device=cpu",
+    )
     _check_keys(given, KNOWN, ())
     zero = given.get("zero_optimization", {})
     stage = zero.get("stage", 0)

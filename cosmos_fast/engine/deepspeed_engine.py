@@ -2,8 +2,8 @@
 
 To DeepSpeed the run is fp32 whatever run.precision says, because here precision is autocast: weights, masters and
 gradients are fp32 in every stage, clipping and the loss scale act in our optimizer, and a step that is not finite is
-skipped by all ranks. Gradients of a rank are its share of the global batch's; DeepSpeed takes their mean, so that they
-are multiplied by the number of ranks first.
+skipped by all ranks. Gradients of a rank are its share of the global batch's; DeepSpeed takes their mean, which the
+optimizer multiplies by the number of ranks.
 
     stage 0   every rank holds everything; gradients are averaged
     stage 1   masters, moments and teacher divided; weights whole
@@ -77,7 +77,7 @@ class ZeroRun:
         self._names = [name for name, _ in student.named_parameters()]
         self._shapes = {name: tuple(p.shape) for name, p in student.named_parameters()}
         self._adamw = ZeroAdamWEma(config.optimizer, student)
-        self._deepspeed = _import_deepspeed(student.logit_scale.device)
+        self._deepspeed = import_deepspeed(student.logit_scale.device)
         self._engine = self._initialize(StudentPasses(student, precision), settings)
         self._flats = [] if self.stage == 0 else self._find_flats()
         if self.stage:
@@ -107,7 +107,7 @@ class ZeroRun:
         self._engine.set_gradient_accumulation_boundary(last)
         if self.stage == 3:
             self._gather_student()
-        self._engine.backward(torch.stack(parts).sum() * self._ranks.world_size, scale_wrt_gas=False)
+        self._engine.backward(torch.stack(parts).sum(), scale_wrt_gas=False)
 
     def _gather_student(self) -> None:
         """Stage 3 gathers a module's weights for its backward by hooks on the tensors that it returns. The model and
@@ -130,7 +130,8 @@ class ZeroRun:
     def step(self, *, lr: float, ema_decay: float, loss: Tensor | None = None, loss_scale: float = 1.0) -> StepResult:
         """As AdamWEma.step(); `loss` is the same on all ranks."""
         loss_finite = loss is None or bool(torch.isfinite(loss))
-        self._adamw.prepare(lr=lr, ema_decay=ema_decay, loss_scale=loss_scale, loss_finite=loss_finite)
+        mean_scale = loss_scale / self._ranks.world_size  # after the backward pass, where fp16 could overflow by it
+        self._adamw.prepare(lr=lr, ema_decay=ema_decay, loss_scale=mean_scale, loss_finite=loss_finite)
         self._engine.step()
         result = self._adamw.result
         if result is None:  # DeepSpeed found a gradient that is not finite, and the step did not come to the optimizer
@@ -257,7 +258,7 @@ class ZeroRun:
         return found
 
 
-def _import_deepspeed(device: torch.device) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet, for this kind of device.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +60,17 @@ CASES = {
     "offloaded": Case(
         ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.offload_optimizer.device=cpu"), steps=3
     ),
+    "offloaded_stage3": Case(
+        ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.offload_optimizer.device=cpu", PARTS),
+        steps=3,
+    ),
+    **{
+        f"remade_{what}_stage{stage}": Case(
+            (f"deepspeed.zero_optimization.stage={stage}", f"compute.checkpoint_activations={what}"), steps=3
+        )
+        for what, stage in (("mlp", 2), ("blocks", 3))
+    },
+    "fp16": Case(("deepspeed.zero_optimization.stage=2", "run.precision=fp16"), steps=3),
     "clip_stage3": Case(("deepspeed.zero_optimization.stage=3",), steps=3),
 }
 
@@ -139,10 +150,10 @@ def run_case(name: str, folder: Path, ranks: Ranks, *more: str) -> dict[str, obj
     }
 
 
-def run_cases(folder: str) -> None:
-    """Every case on this rank; what comes out goes to <folder>/<case>.pt."""
+def run_cases(folder: str, names: Sequence[str] = tuple(CASES)) -> None:
+    """The cases on this rank; what comes out goes to <folder>/<case>.pt."""
     with joined_ranks("cpu", always=True) as ranks:
-        for name in CASES:
+        for name in names:
             found = run_case(name, Path(folder), ranks)
             if ranks.first:
                 torch.save(found, f"{folder}/{name}.pt")

@@ -139,6 +139,12 @@ def test_a_checkpoint_of_two_ranks_goes_on_alone(folder: Path, tmp_path: Path) -
     assert trainer.fit().step == 7
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 5e-3), ("offloaded", 1e-5), ("clip_stage3", 1e-5)])
+OTHERS = [
+    *(("bf16", 5e-3), ("fp16", 5e-3), ("clip_stage3", 1e-5)),
+    *((name, 1e-5) for name in CASES if name.startswith(("offloaded", "remade"))),
+]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), OTHERS)
 def test_other_ways_to_run(name: str, tolerance: float, folder: Path, alone: Any) -> None:
     assert_same_run(torch.load(folder / f"{name}.pt"), alone(name), tolerance)

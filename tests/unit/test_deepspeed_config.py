@@ -52,7 +52,9 @@ def test_the_section_survives_a_file(tmp_path: Path) -> None:
         (f"{STAGE}=4", "use 0, 1, 2 or 3"),
         (f"{STAGE}=two", "use 0, 1, 2 or 3"),
         ("deepspeed.zero_optimization.offload_optimizer.device=nvme", "use none or cpu"),
+        ("deepspeed.zero_optimization.offload_param.device=cpu", "set deepspeed.zero_optimization.offload_optimizer"),
         ("run.engine=deepseed", "run.engine"),
+        ("run.teacher_copy=half", "run.teacher_copy"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(override: str, said: str, tmp_path: Path) -> None:
