@@ -116,10 +116,11 @@ class _Unit:
 
 @dataclass
 class _Gathering:
-    """Under way: what each rank sends; whoever has begun it waits for all works first."""
+    """Under way: what each rank sends, to be read when all works are done; `source` lives until then."""
 
     by_rank: Sequence[Tensor]
     works: list[Any] = field(default_factory=list)
+    source: Tensor | None = None
 
     def wait(self) -> None:
         for work in self.works:
@@ -135,12 +136,12 @@ class TeacherInParts:
         self._parts, self._ranks, self._clock = parts, ranks, clock
         self._on_the_way: dict[int, _Gathering] = {}
         self._is_whole = False
-        by_unit = _units(teacher)
-        used = {name for _, names in by_unit for name in names}
-        self._units = [self._planned(names) for _, names in by_unit]
+        passes = forward_units(teacher)
+        used = {name for one in passes for name in one.names}
+        self._units = [self._planned(one.names) for one in passes]
         self._rest = self._planned([name for name in self._parameters if name not in used])
-        for number, (calls, _) in enumerate(by_unit):
-            for owner, name in calls:
+        for number, one in enumerate(passes):
+            for owner, name in one.calls:
                 setattr(owner, name, self._around(getattr(owner, name), number))
         for unit in (*self._units, self._rest):
             self._drop(unit)
@@ -209,7 +210,7 @@ class TeacherInParts:
             flat = own.new_empty(len(counts) * max(counts))
             padded = torch.nn.functional.pad(own, (0, max(counts) - len(own)))
             work = getattr(dist, ALL_GATHER)(flat, padded, group=group, async_op=True)
-            return _Gathering(flat.split(max(counts)), [work])
+            return _Gathering(flat.split(max(counts)), [work], padded)
         slots = own.new_empty(sum(counts)).split(counts)
         slots[rank].copy_(own)
         senders = [(sender, slot) for sender, slot in enumerate(slots) if len(slot)]
@@ -240,23 +241,30 @@ class TeacherInParts:
             parameter.data = parameter.data.new_empty(0)
 
 
-def _units(teacher: CosmosModel) -> list[tuple[list[tuple[Any, str]], list[str]]]:
-    """(methods that need the weights, names of the weights) in the order of a forward pass: of each tower what is
-    around its blocks, then its blocks."""
+@dataclass(frozen=True)
+class ForwardUnit:
+    """Weights that a part of the teacher's forward pass needs. calls: (module, method) that do that part."""
+
+    calls: tuple[tuple[Any, str], ...]
+    names: tuple[str, ...]
+
+
+def forward_units(teacher: CosmosModel) -> list[ForwardUnit]:
+    """In the order of a forward pass: of each tower what is around its blocks, then its blocks."""
     names = {id(parameter): name for name, parameter in teacher.named_parameters()}
     visual, pooler = teacher.visual, teacher.visual.attn_cross_pool
-    inside = {id(p) for tower in (teacher, visual) for p in tower.transformer.parameters()}
-    inside |= set() if pooler is None else {id(p) for p in pooler.parameters()}
-    around_images = [names[id(p)] for p in visual.parameters() if id(p) not in inside]
-    text = (teacher.token_embedding.weight, teacher.positional_embedding, teacher.text_projection)
-    around_texts = [names[id(p)] for p in (*text, *teacher.ln_final.parameters())]
+    inside = {id(p) for module in (visual.transformer, pooler) if module is not None for p in module.parameters()}
+    of_images: list[Tensor] = [p for p in visual.parameters() if id(p) not in inside]
+    of_texts: list[Tensor] = [teacher.token_embedding.weight, teacher.positional_embedding, teacher.text_projection]
+    of_texts += list(teacher.ln_final.parameters())
+    towers: tuple[tuple[Sequence[Tensor], tuple[tuple[Any, str], ...], Any], ...] = (
+        (of_images, ((visual, "forward"), (visual, "forward_dense")), visual.transformer),
+        (of_texts, ((teacher, "run_text"),), teacher.transformer),
+    )
     found = []
-    for frame, calls, tower in (
-        (around_images, [(visual, "forward"), (visual, "forward_dense")], visual.transformer),
-        (around_texts, [(teacher, "run_text")], teacher.transformer),
-    ):
-        found.append((calls, frame))
+    for around, calls, tower in towers:
+        found.append(ForwardUnit(calls, tuple(names[id(p)] for p in around)))
         for block in tower.blocks:
-            methods = [(block, name) for name in ("forward", "forward_kept", "forward_csa")]
-            found.append((methods, [names[id(p)] for p in block.parameters()]))
+            methods = tuple((block, name) for name in ("forward", "forward_kept", "forward_csa"))
+            found.append(ForwardUnit(methods, tuple(names[id(p)] for p in block.parameters())))
     return found

@@ -201,3 +201,19 @@ def test_the_best_stage_is_the_lowest_of_equals() -> None:
     assert best_stage([first, second, *rest]) is first
     assert best_stage([slower(first, 1.02), second, *rest]) is second
     assert best_stage([replace(first, limit_gib=0.0), second, *rest]) is second
+
+
+def test_a_teacher_in_parts() -> None:
+    """Gathered for each micro-batch, without the poolers; two blocks and the embeddings at a time."""
+    chosen = layout(8, stage=1, accumulate_steps=3)
+    config = paper("run.teacher_copy=parts")
+    found = purposes(state_transfers(config, PARAMETERS, chosen))["teacher, block by block"]
+    block, around_texts = 12 * 512**2 + 13 * 512, 49408 * 512 + 77 * 512 + 512 * 512 + 2 * 512
+    poolers = PARAMETERS - found.full_bytes // 12
+    assert 0.01 < poolers / PARAMETERS < 0.03
+    assert (found.calls, found.beside) == (3 * 26, "teacher")
+    whole, parts = (state_bytes(one, PARAMETERS, chosen) for one in (paper(), config))
+    own = 4 * -(-PARAMETERS // 8)
+    assert whole["teacher"] == own + 4 * PARAMETERS
+    assert parts["teacher"] == own + 4 * (around_texts + 2 * block)
+    assert state_bytes(config, PARAMETERS, layout(8, stage=0))["teacher"] == 4 * PARAMETERS

@@ -9,7 +9,8 @@ copy of the weights from forward to backward. Bytes for each of P parameters on 
     2           4        4/W        8/W       8/W      4/W           4
     3        4 + 4/W     4/W        8/W       8/W      4/W           4
 
-Stage 3 gathers the weights and, of a model below a thousand million parameters, keeps them until the backward pass is
+With run.teacher_copy=parts there are two units of its copy at a time, of a block or of what is around the blocks. Stage
+3 gathers the weights and, of a model below a thousand million parameters, keeps them until the backward pass is
 through; of a larger one it has a few blocks at a time. From stage 1 on, gradients are brought together in buckets
 first; the optimizer is given a copy of a rank's part.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.engine.estimate import activation_values, remade_values
 from cosmos_fast.engine.plan.layout import Layout
-from cosmos_fast.engine.plan.traffic import REUSED_VALUES, bucket_values, term_views
+from cosmos_fast.engine.plan.traffic import REUSED_VALUES, bucket_values, teacher_units, term_views
 
 # Batches on the GPU at a time: the one at work, and the one on its way.
 _BATCHES = 2
@@ -37,7 +38,8 @@ def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[st
     gradients = {0: whole, 1: whole + own}.get(stage, 2 * own)
     buckets = 4 * min(bucket_values(config), parameters) if stage >= 1 else 0
     casts = 2 * parameters if layout.value_bytes == 2 else 0
-    teacher = (own + (whole if stage >= 1 else 0)) if config.objective == "cosmos" else 0
+    copied = 4 * _teacher_in_parts(config) if config.run.teacher_copy == "parts" else whole
+    teacher = (own + (copied if stage >= 1 else 0)) if config.objective == "cosmos" else 0
     gathered = whole if stage == 3 and parameters < REUSED_VALUES else 0
     return {
         "weights": (own + gathered if stage == 3 else whole) + casts,
@@ -46,6 +48,14 @@ def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[st
         "optimizer": 2 * own,
         "teacher": teacher,
     }
+
+
+def _teacher_in_parts(config: TrainConfig) -> int:
+    """Parameters gathered at a time: a tower's own, its block at work, and the next on its way."""
+    units = teacher_units(config.model)
+    second = config.model.vision.layers + 1  # where the text tower begins
+    towers = (units[:second], units[second:])
+    return max(around + 2 * max(blocks) for around, *blocks in towers)
 
 
 def batch_bytes(config: TrainConfig, layout: Layout) -> dict[str, int]:

@@ -19,6 +19,7 @@ import torch
 from cosmos_fast.config import ModelConfig, TrainConfig
 from cosmos_fast.config.deepspeed import deepspeed_json
 from cosmos_fast.engine.plan.layout import Layout
+from cosmos_fast.engine.teacher_copy import forward_units
 from cosmos_fast.model import create_model
 
 Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
@@ -44,7 +45,7 @@ class Transfer:
     kind: Kind
     calls: int
     full_bytes: int
-    beside: Literal["student", "backward", ""] = ""
+    beside: Literal["teacher", "student", "backward", ""] = ""
 
     def received_bytes(self, ranks: int) -> float:
         """What one rank receives of it in a ring, which is as much as it sends."""
@@ -126,8 +127,27 @@ def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> lis
         found.append(Transfer("weights, block by block", "all_gather", passes * blocks, passes * size, "student"))
         found.append(Transfer("embeddings after the step", "all_gather", 1, _STATE_BYTES * _kept_whole(config.model)))
     if layout.stage >= 1 and config.objective == "cosmos":
-        found.append(Transfer("teacher after the step", "all_gather", GROUPS, size))
+        found.append(_teacher_transfer(config, size, micro))
     return found
+
+
+def _teacher_transfer(config: TrainConfig, size: int, micro: int) -> Transfer:
+    """Of the whole teacher once a step, or block by block for each micro-batch; "auto" counts as whole."""
+    if config.run.teacher_copy != "parts":
+        return Transfer("teacher after the step", "all_gather", GROUPS, size)
+    units = teacher_units(config.model)
+    return Transfer(
+        "teacher, block by block", "all_gather", micro * len(units), micro * _STATE_BYTES * sum(units), "teacher"
+    )
+
+
+@cache
+def teacher_units(model: ModelConfig) -> tuple[int, ...]:
+    """Parameters that a teacher in parts gathers together, in the order of its forward pass."""
+    with torch.device("meta"):
+        made = create_model(model)
+    sizes = {name: parameter.numel() for name, parameter in made.named_parameters()}
+    return tuple(sum(sizes[name] for name in unit.names) for unit in forward_units(made))
 
 
 @cache
