@@ -95,6 +95,8 @@ BARS = (
     Bar("AdamW, average, clipping", "cpu", "optimizer", "step time*", 0.2, "*loop*"),
     Bar("AdamW, average, clipping, fused baseline", "cpu", "optimizer", "step time*", 0.85, "*fused*"),
     Bar("JPEGs to batches, a core", "cpu", "loader", "cpu_ms_per_sample/*", 1 / 1.3),
+    Bar("collectives of the losses, ranks", "cpu", "ranks", "loss_collectives/*", 8 / 160, "the original's gathers"),
+    Bar("bytes of the losses, ranks", "cpu", "ranks", "loss_received_kib/*", 1 / 20, "the original's gathers"),
     Bar("captions to ids", "cpu", "tokenizer", "batch_ms", 1 / 3),
     Bar("whole step, ViT-B/16, 256 samples", "gpu", "step_vit_b_16", "step_ms", 1 / 1.6, "eager port"),
     Bar("whole step against the port compiled", "gpu", "step_vit_b_16", "step_ms/compiled", 1 / 1.2),
