@@ -70,7 +70,10 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any], tolerance: 
     assert found["state"] == pytest.approx(expected["state"])
     for own, other in zip(rows_of(found), rows_of(expected), strict=True):
         for name in ("step", "loss", "clip_loss", "distill_loss", "lr", "ema_decay", "grad_norm", "logit_scale"):
-            assert own[name] == pytest.approx(other[name], rel=10 * tolerance, nan_ok=True), (own["step"], name)
+            expected_number = other[name]  # None where it is not finite, as the norm that overflows in fp16
+            if expected_number is not None:
+                expected_number = pytest.approx(expected_number, rel=10 * tolerance, nan_ok=True)
+            assert own[name] == expected_number, (own["step"], name)
 
 
 @pytest.mark.parametrize("stage", range(4))
