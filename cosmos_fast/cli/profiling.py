@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ SHOWN_OPERATORS = 10
 
 
 def profile(config: TrainConfig, steps: int) -> None:
-    """Profile a run from fresh weights; writes <run folder>/profile/ and leaves all else as it is."""
+    """Profile a run from fresh weights, on all ranks; writes <run folder>/profile/ and leaves all else as it is."""
     from cosmos_fast.data.loader import build_loader
     from cosmos_fast.engine.out_of_memory import out_of_memory_explained
     from cosmos_fast.engine.precision import resolve_device, resolve_precision
@@ -27,47 +28,61 @@ def profile(config: TrainConfig, steps: int) -> None:
     from cosmos_fast.engine.run_folder import RunPlan
     from cosmos_fast.engine.trainer import Trainer
     from cosmos_fast.utils.phases import PhaseTimer
+    from cosmos_fast.utils.ranks import device_of_rank, joined_ranks
 
-    device = resolve_device(config.run.device)
     plan = RunPlan(Path(config.run.out_dir) / config.name)
-    timer = PhaseTimer(device)
-    loader = build_loader(
-        config.data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        seed=config.seed,
-        batch_size=config.run.batch_size,
-        device=device,
-        image_dtype=resolve_precision(config.run.precision, device).image_dtype,
-    )
-    try:
+    always, waits_s = config.run.engine == "deepspeed", config.run.collective_timeout_s
+    with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
+        with ranks.together():
+            device = resolve_device(device_of_rank(config.run.device, ranks))
+            loader = build_loader(
+                config.data,
+                image_size=config.model.vision.image_size,
+                context_length=config.model.text.context_length,
+                seed=config.seed,
+                batch_size=config.run.batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                device=device,
+                image_dtype=resolve_precision(config.run.precision, device).image_dtype,
+            )
+            opened.callback(loader.close)
+        timer = PhaseTimer(device)
         with out_of_memory_explained(config):
-            trainer = Trainer(config, loader, plan=plan, clock=timer)
+            trainer = Trainer(config, loader, plan=plan, ranks=ranks, clock=timer)
             found = profile_run(trainer, timer, steps, plan.folder / "profile")
-    finally:
-        loader.close()
-    show(found, plan.folder / "profile")
+    if ranks.first:
+        show(found, plan.folder / "profile")
 
 
 def show(found: Profile, folder: Path, console: Console | None = None) -> None:
     """Print the ledger, the rates, the operators and the files."""
     console = console or Console()
     ledger = found.ledger
-    table = Table(title=f"{ledger.steps} steps on {found.device}, {found.precision}", title_justify="left")
+    where = f"{len(found.ranks)} ranks, each on {found.device}" if found.ranks else found.device
+    table = Table(title=f"{ledger.steps} steps on {where}, {found.precision}", title_justify="left")
     table.add_column("phase")
-    for heading in ("ms a step", "%"):
+    for heading in ("mean ms a step" if found.ranks else "ms a step", "%", *(("least", "most") if found.ranks else ())):
         table.add_column(heading, justify="right")
     for phase, ms in ledger.phase_ms.items():
         if ms or phase in ("data", "communication"):
-            table.add_row(phase, f"{ms:,.1f}", f"{ledger.share_pct(phase):.1f}")
+            spread = _spread([one.phase_ms[phase] for one in found.ranks])
+            table.add_row(phase, f"{ms:,.1f}", f"{ledger.share_pct(phase):.1f}", *spread)
     table.add_section()
-    table.add_row("wall", f"{ledger.wall_ms:,.1f}", "100.0")
+    table.add_row("wall", f"{ledger.wall_ms:,.1f}", "100.0", *_spread([one.wall_ms for one in found.ranks]))
     console.print(table)
     for line in _rates(found):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(_operators(found))
     for line in _files(found, folder):
         click.echo(line)
+
+
+def _spread(of_ranks: list[float]) -> list[str]:
+    """The least and the most with their ranks, where there are several."""
+    if not of_ranks:
+        return []
+    return [f"{value:,.1f} (rank {of_ranks.index(value)})" for value in (min(of_ranks), max(of_ranks))]
 
 
 def _rates(found: Profile) -> list[str]:

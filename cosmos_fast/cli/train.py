@@ -91,7 +91,7 @@ def command(
     place = place_of_environment()
     setup_logging(place.rank, place.world_size)
     config = resolve_config(recipe, config_file, overrides)
-    if profile or find_batch_size or dry_run:
+    if find_batch_size or dry_run:
         refuse_several_ranks(place)
     if profile or profile_steps is not None:
         others = resume is not None or overwrite or dry_run or find_batch_size or memory_limit is not None
@@ -136,8 +136,8 @@ def refuse_several_ranks(place: Ranks) -> None:
     """Started by a launcher, every rank would measure or print the same."""
     if place.world_size > 1:
         raise UserError(
-            f"WORLD_SIZE is {place.world_size}, but --profile, --find-batch-size and --dry-run work on one process: "
-            "start them without a launcher"
+            f"WORLD_SIZE is {place.world_size}, but --find-batch-size and --dry-run work on one process: start them "
+            "without a launcher"
         )
 
 
@@ -154,9 +154,10 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
         check_command(ranks, config)
         plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
-        with ranks.together(), out_of_memory_explained(config):
+        with ranks.together():
             device = resolve_device(device_of_rank(config.run.device, ranks))
-            validators = make_validators(config) if ranks.first else []
+        validators = make_validators(config, ranks)
+        with ranks.together(), out_of_memory_explained(config):
             loader = open_loader(config, plan, device, ranks)
             opened.callback(loader.close)
         check_data(ranks, loader.identity, loader.samples_per_epoch)
@@ -191,13 +192,14 @@ def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device, ranks:
     )
 
 
-def make_validators(config: TrainConfig) -> Sequence[Validator]:
-    """Held-out retrieval during training, where evaluate.data is set."""
+def make_validators(config: TrainConfig, ranks: Ranks) -> Sequence[Validator]:
+    """Held-out retrieval during training, where evaluate.data is set; divided over the ranks, which all call this."""
     if not config.evaluate.data:
         return []
+    from cosmos_fast.evaluate.division import Division
     from cosmos_fast.evaluate.validators import build_validators
 
-    return build_validators(config)
+    return build_validators(config, Division(ranks))
 
 
 def describe(config: TrainConfig) -> None:

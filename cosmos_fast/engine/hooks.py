@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cosmos_fast.engine.metrics import to_json
+from cosmos_fast.engine.plain_twin import PlainTwin
 from cosmos_fast.engine.rng import rng_state, set_rng_state
+from cosmos_fast.model import CosmosModel
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import write_atomic
 from cosmos_fast.utils.logging import get_logger
@@ -103,13 +106,14 @@ class NonfiniteGuard:
 class Validation:
     """Runs the validators every so many steps and at the end, without leaving a trace in the training.
 
-    Rank 0 runs its own; other ranks may have none, and wait.
+    Every rank runs its own, which are the same everywhere, or rank 0 has some and the others wait.
     """
 
     def __init__(self, validators: Sequence[Validator], every_steps: int) -> None:
         self._validators = validators
         self._every_steps = every_steps
         self._on_any_rank: bool | None = None
+        self._twin: PlainTwin | None = None
 
     def after_step(self, trainer: Trainer, outcome: StepOutcome) -> None:
         """Write one "eval" row with the numbers of all validators."""
@@ -121,23 +125,31 @@ class Validation:
         if not self._on_any_rank:
             return
         with trainer.whole_models(), trainer.ranks.together():
-            if trainer.ranks.first:
-                self._validate(trainer, step)
+            self._validate(trainer, step)
 
     def _validate(self, trainer: Trainer, step: int) -> None:
         row: dict[str, Any] = {"step": step, "kind": "eval"}
         generators = rng_state()
         trainer.student.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._plain(trainer) as student:
             for validator in self._validators:
-                row.update(validator(step, trainer.student, trainer.teacher))
+                row.update(validator(step, student, trainer.teacher))
         trainer.student.train()
         set_rng_state(generators)
+        if not trainer.ranks.first:
+            return
         trainer.metrics.write(row)
         numbers = {key: value for key, value in row.items() if isinstance(value, float)}
         headline = {key: value for key, value in numbers.items() if key.endswith("_r1")} or numbers
         described = "  ".join(f"{key} {value:.4g}" for key, value in headline.items())
         _log.info("evaluated at step %d  %s", step, described)
+
+    def _plain(self, trainer: Trainer) -> AbstractContextManager[CosmosModel]:
+        """The student, whole already, with nothing in its modules that waits for other ranks."""
+        if trainer.zero is None or trainer.zero.stage < 3 or not self._validators:
+            return nullcontext(trainer.student)
+        self._twin = self._twin or PlainTwin(trainer.config, trainer.device)
+        return self._twin.of(trainer.student)
 
 
 def due(step: int, every_steps: int, now: bool) -> bool:

@@ -53,9 +53,10 @@ class Operator:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What was found. samples, flops: of a step, over all ranks; flops of the work that the result needs, and
-    flops_unpruned with every row of the last blocks. peak: None where no rate of this hardware is known. files: names
-    in the folder."""
+    """What was found. ledger: of the one process, or the mean of `ranks`, which has each one's where there are several.
+    samples, flops: of a step, over all ranks; flops of the work that the result needs, and flops_unpruned with every
+    row of the last blocks. peak: of one rank's hardware, None where no rate of it is known. peak_memory_mib: of the
+    rank with the most. files: names in the folder."""
 
     device: str
     precision: str
@@ -67,6 +68,7 @@ class Profile:
     peak_memory_mib: float
     operators: list[Operator]
     files: dict[str, str] = field(default_factory=dict)
+    ranks: list[Ledger] = field(default_factory=list)
 
     @property
     def samples_per_s(self) -> float:
@@ -82,7 +84,9 @@ class Profile:
 
     def mfu_pct(self, pruned: bool = True) -> float | None:
         """Model FLOPs utilisation, percent."""
-        return None if self.peak is None else 100 * self.tflops_per_s(pruned) / (self.peak.flops_per_s / 1e12)
+        if self.peak is None:
+            return None
+        return 100 * self.tflops_per_s(pruned) / (max(1, len(self.ranks)) * self.peak.flops_per_s / 1e12)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, derived ones included."""
@@ -100,40 +104,52 @@ class Profile:
 def profile_run(trainer: Trainer, timer: PhaseTimer, steps: int, folder: Path) -> Profile:
     """Train `steps` steps and a few more, and write what was seen into `folder`.
 
-    Nothing else is written: no checkpoint, no metrics, no configuration. timer: the trainer's clock.
+    Nothing else is written: no checkpoint, no metrics, no configuration. timer: the trainer's clock. Every rank of the
+    trainer calls it, and gets the same but for the operators: these, and the files, are rank 0's.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    _prepare(folder)
+    ranks = trainer.ranks
+    with ranks.together():
+        if ranks.first:
+            _prepare(folder)
     stepper = _Stepper(trainer, timer)
     _log.info("profiling: %d steps to warm up, %d timed, %d traced", WARMUP_STEPS, steps, TRACE_STEPS)
     stepper.run(WARMUP_STEPS)
     reset_peak(trainer.device)
     stepper.forget()
+    ranks.barrier()  # nobody's first step waits for another's warm-up
     timer.start()
     stepper.run(steps)
     ledger = timer.stop(steps)
-    peak_memory_mib = peak_bytes(trainer.device) / MIB
-    samples, flops, unpruned = (total / steps for total in (stepper.samples, stepper.flops, stepper.flops_unpruned))
+    peak_memory_mib = ranks.spread({"peak": peak_bytes(trainer.device) / MIB})["peak"][1]
+    ledgers = [Ledger(**found) for found in ranks.gather(asdict(ledger))]
+    # Every rank has counted its own captions as if all were like them: the mean is the truth.
+    mean = ranks.mean({"flops": stepper.flops / steps, "unpruned": stepper.flops_unpruned / steps})
+    samples = stepper.samples / steps
     files: dict[str, str] = {}
     operators = _trace(stepper, folder, files)
     if trainer.device.type == "cuda":
         _snapshot(stepper, folder, files)
+    with ranks.together():  # while the others wait, so that they do not disturb the measurement
+        peak = trainer.peak_rate or (_measured_on_cpu(trainer) if ranks.first else None)
     found = Profile(
         device=_name(trainer.device),
         precision=trainer.precision.name,
-        ledger=ledger,
+        ledger=Ledger.mean_of(ledgers),
         samples=samples,
-        flops=flops,
-        flops_unpruned=unpruned,
-        peak=trainer.peak_rate or _measured_on_cpu(trainer),
+        flops=mean["flops"],
+        flops_unpruned=mean["unpruned"],
+        peak=peak,
         peak_memory_mib=peak_memory_mib,
         operators=operators,
         files={**files, "ledger": "ledger.json"},
+        ranks=ledgers if len(ledgers) > 1 else [],
     )
-    with _writing(folder):
-        write_atomic(folder / "ledger.json", json.dumps(found.to_json(), indent=1) + "\n")
+    with ranks.together(), _writing(folder):
+        if ranks.first:
+            write_atomic(folder / "ledger.json", json.dumps(found.to_json(), indent=1) + "\n")
     return found
 
 
@@ -163,13 +179,18 @@ class _Stepper:
 
 
 def _trace(stepper: _Stepper, folder: Path, files: dict[str, str]) -> list[Operator]:
-    """Chrome trace of a few steps with shapes and allocations; returns the operators that took longest."""
+    """Chrome trace of a few steps with shapes and allocations; returns the operators that took longest. The other ranks
+    take the steps only."""
+    if not stepper.trainer.ranks.first:
+        stepper.run(TRACE_STEPS)
+        with stepper.trainer.ranks.together():
+            return []
     cuda = stepper.trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch_profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
         stepper.run(TRACE_STEPS)
     path = folder / "trace.json"
-    with _writing(folder):
+    with stepper.trainer.ranks.together(), _writing(folder):
         profiler.export_chrome_trace(str(path))
         if path.stat().st_size > LARGE_BYTES:
             path = _compress(path)
@@ -184,10 +205,15 @@ def _trace(stepper: _Stepper, folder: Path, files: dict[str, str]) -> list[Opera
 
 def _snapshot(stepper: _Stepper, folder: Path, files: dict[str, str]) -> None:
     """Every allocation of one step with its stack, for https://pytorch.org/memory_viz. Not yet run on hardware."""
+    ranks = stepper.trainer.ranks
+    if not ranks.first:
+        stepper.run(1)
+        with ranks.together():
+            return
     torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
     try:
         stepper.run(1)
-        with _writing(folder):
+        with ranks.together(), _writing(folder):
             torch.cuda.memory._dump_snapshot(str(folder / "memory_snapshot.pickle"))
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)

@@ -37,7 +37,7 @@ class RankReport:
         self._steps = steps
 
     def numbers(self, peak_flops_per_s: float | None = None) -> dict[str, float]:
-        """What a metrics row has of it, docs/scale.md explains each. peak_flops_per_s: of one rank's hardware."""
+        """What a metrics row has of it, docs/monitoring.md explains each. peak_flops_per_s: of one rank's hardware."""
         step_ms, data_ms = self._mean("step_ms"), self._mean("data_ms")
         wall_ms = max(data_ms + step_ms, 1e-6)
         found: dict[str, float] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,12 @@ class Ledger:
     phase_ms: dict[str, float]
     wall_ms: float
     steps: int
+
+    @classmethod
+    def mean_of(cls, ledgers: Sequence[Ledger]) -> Ledger:
+        """Of several ranks that have taken the same steps; it sums to its wall time as they do."""
+        phases = {phase: sum(one.phase_ms[phase] for one in ledgers) / len(ledgers) for phase in ledgers[0].phase_ms}
+        return cls(phases, sum(one.wall_ms for one in ledgers) / len(ledgers), ledgers[0].steps)
 
     def share_pct(self, phase: str) -> float:
         """Percent of the wall time."""

@@ -76,7 +76,7 @@ class Ranks:
         """
         if self.control is None:
             return [value]
-        own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(lengths, torch.tensor([len(own)]), group=self.control)
         sent = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)  # one size for all
@@ -212,7 +212,7 @@ def device_of_rank(request: str, place: Ranks) -> str:
 
 @contextmanager
 def joined_ranks(
-    device_request: str = "auto", *, timeout_s: float = TIMEOUT_S, always: bool = False
+    device_request: str = "auto", *, timeout_s: float = TIMEOUT_S, always: bool = False, meeting: str = ""
 ) -> Iterator[Ranks]:
     """The ranks of this run with their process group, which ends with the block: gloo on CPUs, NCCL on GPUs.
 
@@ -221,6 +221,7 @@ def joined_ranks(
         timeout_s: how long a collective, or the start, waits for the slowest rank before it fails.
         always: initialise torch.distributed for a run of one process too, for libraries that insist on it; the group
             of its Ranks is None all the same.
+        meeting: a name for one of several groups, which follow each other while other processes keep the store.
 
     Raises:
         UserError: an environment that says half of what is needed, ranks that cannot meet, or lose each other.
@@ -238,7 +239,7 @@ def joined_ranks(
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # needs no port
     else:
-        _meet(place, backend, timeout_s)
+        _meet(place, backend, timeout_s, meeting)
     try:
         with lost_ranks_explained(place.rank, place.world_size):
             yield _with_groups(place, device, timeout_s)
@@ -246,14 +247,18 @@ def joined_ranks(
         dist.destroy_process_group()
 
 
-def _meet(place: Ranks, backend: str, timeout_s: float) -> None:
+def _meet(place: Ranks, backend: str, timeout_s: float, meeting: str) -> None:
     """Start the process group."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     choose_interface(address, port, one_host=place.local_world_size == place.world_size)
+    timeout = timedelta(seconds=timeout_s)
     try:
-        timeout = timedelta(seconds=timeout_s)
-        if keeps_store():
+        if meeting:
+            plain = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+            store: dist.Store = dist.PrefixStore(meeting, plain)
+        elif keeps_store():
             store = store_of_this_try(place.rank, place.world_size, timeout_s)
+        if meeting or keeps_store():
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
         else:
             dist.init_process_group(backend, timeout=timeout)

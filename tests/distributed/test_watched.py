@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from cosmos_fast.engine.metrics import read_rows
 from tests.distributed.deepspeed_runs import BAD_STEP
-from tests.distributed.watched_runs import STAGES, run_all
+from tests.distributed.watched_runs import PROFILED_STEPS, STAGES, TRAINED, run_all
 from tests.ranks import run_ranks
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
@@ -41,6 +42,16 @@ def test_rows_tell_of_all_ranks(stage: int, folder: Path) -> None:
     assert rows[-1]["flops"] == pytest.approx(5 * rows[0]["flops"])
 
 
+def test_every_rank_evaluates_as_much_as_it_has_and_the_training_goes_on_as_it_was(folder: Path) -> None:
+    kept = [read_rows(folder / f"stage{stage}" / "metrics.jsonl") for stage in STAGES]
+    for own, other in zip(*kept, strict=True):
+        names = ("loss", "grad_norm") if own["kind"] == "train" else ("student", "teacher")
+        assert [own[name] for name in names] == pytest.approx([other[name] for name in names], rel=1e-4, nan_ok=True)
+    evaluated = [row for row in kept[0] if row["kind"] == "eval"]
+    assert [row["step"] for row in evaluated] == [2, 4, 5]
+    assert len({row[name] for row in evaluated for name in ("student", "teacher")}) == 6
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_line_of_the_log_carries_rank_and_step(stage: int, folder: Path) -> None:
     lines = (folder / f"stage{stage}" / "log.txt").read_text().splitlines()
@@ -55,10 +66,32 @@ def test_every_line_of_the_log_carries_rank_and_step(stage: int, folder: Path) -
 
 def test_what_several_ranks_say_on_a_terminal_can_be_told_apart(folder: Path) -> None:
     for rank in range(WORLD):
-        lines = (folder / f"stderr{rank}").read_text().splitlines()
+        lines = (folder / f"stderr{rank}").read_text().partition(TRAINED)[0].splitlines()
         assert lines
         assert all(re.match(rf"\[rank {rank} step \d+\] ", line) for line in lines), lines
         bad = [line for line in lines if "step not applied" in line]
         assert len(bad) == len(STAGES)
         assert all(line.startswith(f"[rank {rank} step {BAD_STEP + 1}] warning: ") for line in bad)
         assert any("samples/s" in line for line in lines) == (rank == 0)
+
+
+def test_a_profile_has_a_ledger_of_every_rank_with_its_communication(folder: Path) -> None:
+    found, other = (json.loads((folder / f"profile{rank}.json").read_text()) for rank in range(WORLD))
+    assert {name: value for name, value in other.items() if name not in ("operators", "files", "peak")} == {
+        name: value for name, value in found.items() if name not in ("operators", "files", "peak")
+    } | {"mfu_pct": None, "mfu_unpruned_pct": None}
+    assert len(found["ranks"]) == WORLD
+    for ledger in (*found["ranks"], found["ledger"]):
+        assert sum(ledger["phase_ms"].values()) == pytest.approx(ledger["wall_ms"])
+        assert ledger["phase_ms"]["communication"] > 0
+        assert ledger["steps"] == PROFILED_STEPS
+    walls = [ledger["wall_ms"] for ledger in found["ranks"]]
+    assert found["ledger"]["wall_ms"] == pytest.approx(sum(walls) / WORLD)
+    assert found["samples"] == 4 * WORLD
+    assert found["mfu_pct"] == pytest.approx(100 * found["flops"] / (found["ledger"]["wall_ms"] / 1e3) / (WORLD * 1e11))
+    assert {path.name for path in (folder / "profiled").rglob("*") if path.is_file()} == {"ledger.json", "trace.json"}
+    stored = json.loads((folder / "profiled/profile/ledger.json").read_text())
+    assert stored["ranks"] == found["ranks"]
+    shown = (folder / "profile.txt").read_text()
+    assert re.search(r"3 steps on 2 ranks, each on cpu", shown)
+    assert re.search(r"communication .*\(rank \d\).*\(rank \d\)", shown)

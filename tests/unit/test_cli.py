@@ -88,7 +88,7 @@ def test_half_a_launcher_is_refused(monkeypatch, capfd) -> None:
     assert "start the run with torchrun or deepspeed" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--profile", "--find-batch-size", "--dry-run"])
+@pytest.mark.parametrize("option", ["--find-batch-size", "--dry-run"])
 def test_measuring_and_printing_are_for_one_process(option: str, monkeypatch, capfd) -> None:
     for name, value in environment(1, 2, 1).items():
         monkeypatch.setenv(name, value)
