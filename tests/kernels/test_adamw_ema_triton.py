@@ -48,11 +48,11 @@ def test_wide_loads_only_where_every_address_allows(device: str, shift: int) -> 
 
 
 def test_partial_sums_are_added_in_double_precision(device: str) -> None:
-    """In single precision the ones would be lost beside the first."""
+    """In single precision ones would be lost beside the first, those that each lane begins with."""
     partial, norm = torch.ones(40_000, device=device), torch.zeros((), device=device)
-    partial[::1024] = 2.0**26
+    partial[:1024] = 2.0**24
     _norm_kernel[(1,)](partial, norm, len(partial), 1024, num_warps=4)
-    assert math.isclose(float(norm), math.sqrt(float(partial.double().sum())), rel_tol=1e-7)
+    assert math.isclose(float(norm), math.sqrt(float(partial.double().sum())), rel_tol=1.5e-7)
 
 
 def test_flat_buffers_through_the_operation(device: str) -> None:
