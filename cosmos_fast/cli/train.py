@@ -91,7 +91,7 @@ def command(
     place = place_of_environment()
     setup_logging(place.rank, place.world_size)
     config = resolve_config(recipe, config_file, overrides)
-    if find_batch_size or dry_run:
+    if dry_run:
         refuse_several_ranks(place)
     if profile or profile_steps is not None:
         others = resume is not None or overwrite or dry_run or find_batch_size or memory_limit is not None
@@ -133,11 +133,10 @@ def resolve_config(recipe: str | None, config_file: str | None, overrides: tuple
 
 
 def refuse_several_ranks(place: Ranks) -> None:
-    """Started by a launcher, every rank would measure or print the same."""
+    """Started by a launcher, every rank would print the same."""
     if place.world_size > 1:
         raise UserError(
-            f"WORLD_SIZE is {place.world_size}, but --find-batch-size and --dry-run work on one process: start them "
-            "without a launcher"
+            f"WORLD_SIZE is {place.world_size}, but --dry-run works on one process: start it without a launcher"
         )
 
 

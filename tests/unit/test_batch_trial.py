@@ -20,6 +20,7 @@ from cosmos_fast.engine.batch_size import BatchSizeSearch
 from cosmos_fast.engine.batch_trial import measure_peak
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.ranks import Ranks
 from tests.lives import is_running
 from tests.tiny_run import tiny_config
 
@@ -71,7 +72,7 @@ import os, sys, torch
 from cosmos_fast.engine import batch_trial
 from tests.tiny_run import tiny_config
 
-def busy(config, device):
+def busy(config, device, ranks):
     torch.set_num_threads(1)
     print(os.getpid(), flush=True)
     while True:
@@ -106,7 +107,7 @@ def test_a_trial_that_dies_is_too_large_if_the_kernel_ended_it_and_else_an_error
     config = tiny_config(tmp_path)
 
     def end_by(number: signal.Signals) -> None:
-        monkeypatch.setattr(batch_trial, "run_steps", lambda config, device: os.kill(os.getpid(), number))
+        monkeypatch.setattr(batch_trial, "run_steps", lambda config, device, ranks: os.kill(os.getpid(), number))
 
     end_by(signal.SIGKILL)  # as the kernel does when memory runs out
     assert measure_peak(config, 1, 100 * GIB) is None
@@ -149,7 +150,7 @@ def test_cuda_runs_in_place_under_the_limit(tmp_path: Path, monkeypatch) -> None
 
     run_steps = batch_trial.run_steps
 
-    def run_on_cpu(config: TrainConfig, device: torch.device) -> None:
+    def run_on_cpu(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
         assert device == torch.device("cuda:0")
         sizes.append(config.run.batch_size)
         run_steps(config, torch.device("cpu"))
