@@ -74,7 +74,10 @@ class RunConfig:
     gathered once a step; "parts", block by block, gathered in the pass; "auto", parts where the copy is much of a
     rank's memory.
     threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
-    always written at the end). keep_checkpoints: newest ones kept. max_nonfinite_steps: steps in a row with NaN or Inf
+    always written at the end). checkpoint_async: write checkpoints while training goes on; "auto" does where
+    training is on GPUs. keep_checkpoints: newest ones kept; besides those, each whose step is a multiple of
+    keep_every_steps (0: none), and the one with the largest keep_best, a number of the "eval" rows such as
+    teacher_t2i_r1; with a minus before it, the smallest. max_nonfinite_steps: steps in a row with NaN or Inf
     before the run stops. collective_timeout_s: how long a rank waits for the others before it ends; longer than rank 0
     takes to save and evaluate. watchdog_s: seconds without a sign of life after which a rank writes down where it hangs
     and ends, so that its launcher can start it anew; twice that before the first step is done, and in evaluation and
@@ -98,7 +101,10 @@ class RunConfig:
     watchdog_s: float = 900.0
     log_every_steps: int = 20
     checkpoint_every_steps: int = 1000
+    checkpoint_async: str | bool = "auto"
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    keep_best: str | None = None
     evaluate_every_steps: int = 0
     max_nonfinite_steps: int = 10
     tensorboard: bool = False
@@ -108,7 +114,11 @@ class RunConfig:
         positive = ("batch_size", "accumulate_steps", "log_every_steps", "keep_checkpoints", "max_nonfinite_steps")
         require_positive("run", self, *positive)
         require_positive("run", self, "collective_timeout_s")
-        require_not_negative("run", self, "world_size_hint", "checkpoint_every_steps", "evaluate_every_steps")
+        never_below_0 = ("world_size_hint", "checkpoint_every_steps", "keep_every_steps", "evaluate_every_steps")
+        require_not_negative("run", self, *never_below_0)
+        wanted = self.checkpoint_async
+        require(wanted in ("auto", True, False), f"run.checkpoint_async is {wanted!r}: use one of auto, on, off")
+        require(self.keep_best != "", "run.keep_best is empty: name a number of the eval rows, or set it to null")
         require_choice("run.negatives", self.negatives, ("micro", "all"))
         require_choice("run.tower_gradients", self.tower_gradients, ("exact", "original"))
         require_choice("run.engine", self.engine, ("auto", "plain", "deepspeed"))

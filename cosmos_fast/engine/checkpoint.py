@@ -16,7 +16,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,6 +63,11 @@ class Part:
     rng: dict[str, Any]
 
 
+def step_of(folder: Path) -> int:
+    """Of a checkpoint folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
 def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders below `root`, oldest step first, damaged ones included."""
     found = [(int(match[1]), path) for path in root.glob("step_*") if (match := _STEP_FOLDER.fullmatch(path.name))]
@@ -102,6 +107,8 @@ def write(aside: Path, content: Snapshot | Part) -> None:
     """This rank's files, forced to disk, then the record of them."""
     rank = content.rank if isinstance(content, Part) else 0
     with _saving(_target_of(aside)):
+        if not aside.is_dir():
+            raise OSError(f"rank {rank} does not see the folder that rank 0 has made, which all ranks have to share")
         files = [_write_part(aside, content)] if isinstance(content, Part) else _write_whole(aside, content)
         if rank == 0:
             document = {"state": content.state.to_json(), "model": content.model, "rng": content.rng}
@@ -120,17 +127,18 @@ def publish(aside: Path, world_size: int = 1) -> Path:
         files: dict[str, dict[str, Any]] = {}
         records = [_record_of(aside, rank) for rank in range(world_size)]
         for rank, record in enumerate(records):
-            if not record.is_file():
-                raise OSError(f"what rank {rank} has written is not in {aside.parent}, which all ranks have to share")
-            files |= json.loads(record.read_text(encoding="utf-8"))
+            try:
+                files |= json.loads(record.read_text(encoding="utf-8"))
+            except (FileNotFoundError, ValueError):
+                message = f"what rank {rank} has written is not in {aside.parent}, which all ranks have to share"
+                raise OSError(message) from None
         for name, entry in files.items():
             if (size := (aside / name).stat().st_size) != entry["bytes"]:
                 raise OSError(f"{name} has {size} bytes instead of {entry['bytes']}")
         for record in records:
             record.unlink()
         parts = {"parts": world_size} if part_name(0, world_size) in files else {}
-        step = int(target.name.removeprefix("step_"))
-        manifest = {"format": FORMAT, "step": step, **parts, "files": dict(sorted(files.items()))}
+        manifest = {"format": FORMAT, "step": step_of(target), **parts, "files": dict(sorted(files.items()))}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         fsync_path(aside / MANIFEST)
         fsync_path(aside)
@@ -146,10 +154,11 @@ def abandon(aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Drop all checkpoints but the newest `keep`."""
+def prune(root: Path, keep: int, others: Collection[Path] = ()) -> None:
+    """Drop all checkpoints but the newest `keep`, and `others`."""
     for old in list_checkpoints(root)[:-keep]:
-        _discard(old)
+        if old not in others:
+            _discard(old)
 
 
 def read_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -226,7 +235,7 @@ def find_problem(folder: Path) -> str | None:
 def supersede_after(root: Path, step: int) -> None:
     """Set aside checkpoints later than `step`: a run that continues from there must not mix with its former future."""
     for folder in list_checkpoints(root):
-        if int(folder.name.removeprefix("step_")) > step:
+        if step_of(folder) > step:
             target = folder.with_name(f"superseded_{folder.name}")
             if target.exists():
                 _discard(target)

@@ -13,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from cosmos_fast.config import RunConfig
 from cosmos_fast.engine import checkpoint
 from cosmos_fast.engine.checkpoint import Part, Snapshot
 from cosmos_fast.engine.hooks import StepOutcome, due
 from cosmos_fast.engine.optimizer import AdamWEma
+from cosmos_fast.engine.retention import Retention
 from cosmos_fast.engine.rng import rng_state
 from cosmos_fast.engine.zero_state import whole_tensors
 from cosmos_fast.utils.errors import UserError
@@ -71,10 +74,11 @@ class Checkpointer:
     agreed after the last step.
     """
 
-    def __init__(self, every_steps: int, keep: int, *, asynchronous: bool = False) -> None:
-        self._every_steps = every_steps
-        self._keep = keep
-        self._asynchronous = asynchronous
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._every_steps = config.checkpoint_every_steps
+        self._retention = Retention(config.keep_checkpoints, config.keep_every_steps, config.keep_best)
+        # On a CPU the thread would take its time from training, and a second copy of the state its memory.
+        self._asynchronous = device.type == "cuda" if config.checkpoint_async == "auto" else config.checkpoint_async
         self._saving: _Saving | None = None
         self.saved_step: int | None = None
         self.stopping = False
@@ -104,7 +108,8 @@ class Checkpointer:
             self._finish(trainer)
         root, step = trainer.plan.checkpoints, trainer.state.step
         aside = Path(trainer.ranks.on_first(lambda: str(checkpoint.begin(root, step))))
-        self._saving = _Saving(aside, contribution(trainer, copy=not wait))
+        with trainer.ranks.together():  # a copy may be more than the host has memory for
+            self._saving = _Saving(aside, contribution(trainer, copy=not wait))
         self._saving.start()
         if wait:
             self._finish(trainer)
@@ -118,7 +123,7 @@ class Checkpointer:
             saving.wait()
             if trainer.ranks.first:
                 _log.info("saved %s", checkpoint.publish(saving.aside, trainer.ranks.world_size))
-        except UserError as error:
+        except Exception as error:
             _log.warning("the save of step %d was not finished: %s", saving.step, error)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -131,7 +136,7 @@ class Checkpointer:
             with trainer.ranks.together():
                 if trainer.ranks.first:
                     folder = checkpoint.publish(saving.aside, trainer.ranks.world_size)
-                    checkpoint.prune(trainer.plan.checkpoints, self._keep)
+                    self._retention.apply(trainer.plan.checkpoints, trainer.plan.metrics_file)
                     _log.info("saved %s", folder)
         except UserError:
             if trainer.ranks.first:

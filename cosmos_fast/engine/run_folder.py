@@ -109,21 +109,23 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
         return RunPlan(folder)
     if held and found.parent.resolve() != (folder / "checkpoints").resolve():
         raise UserError(f"{folder} holds checkpoints of its own: to start it from {found}, set another name=...")
-    state, model = checkpoint.read_state(found)
-    if model != config.model.to_openclip():
+    stored = checkpoint.load_unchecked(found)
+    if stored.model != config.model.to_openclip():
         raise UserError(f"checkpoint {found} is of another architecture than model.*: resume with the same model")
     _warn_of_changes(found.parent.parent / "config.yaml", config)
     _log.info("continuing from %s", found)
-    return RunPlan(folder, found, state)
+    return RunPlan(folder, found, stored.state)
 
 
 def _find_checkpoint(folder: Path, resume: str) -> Path | None:
+    """A checkpoint of which every byte has been checked."""
     if resume == "auto":
         return checkpoint.newest_valid(folder / "checkpoints")
     path = Path(resume)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a checkpoint folder, a run folder, or plain --resume")
     if not (path / "checkpoints").is_dir():
+        checkpoint.read_state(path)
         return path
     found = checkpoint.newest_valid(path / "checkpoints")
     if found is None:

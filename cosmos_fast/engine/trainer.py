@@ -125,7 +125,7 @@ class Trainer:
         self.metrics = Metrics([])
         self.stop = StopRequest()
         run = config.run
-        self.checkpointer = Checkpointer(run.checkpoint_every_steps, run.keep_checkpoints)
+        self.checkpointer = Checkpointer(run, self.device)
         self.hooks = [
             NonfiniteGuard(run.max_nonfinite_steps),
             Progress(run.log_every_steps),
