@@ -11,13 +11,11 @@ import torch
 _kept: list[torch.library.Library] = []  # a library's operators end with it
 
 
-def open_clip() -> ModuleType:
-    """OpenCLIP. It imports torchvision, which, built for another torch, lacks operators; none of them is used here."""
-    for package in ("open_clip", "torchvision"):
-        if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    if not _kept:
+def imported(name: str) -> ModuleType:
+    """A library that may import torchvision, which lacks operators where it is built for another torch; none of them is
+    used here."""
+    if find_spec("torchvision") is not None and not _kept:
         _kept.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _kept[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("open_clip", exc_type=ImportError)
+        for operator in ("nms", "qnms"):
+            _kept[0].define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return pytest.importorskip(name, exc_type=ImportError)

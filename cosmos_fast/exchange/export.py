@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -45,6 +46,9 @@ def export(
     wanted: Wanted = weights or ("both" if chosen.both else "teacher")
     if wanted == "both" and not chosen.both:
         raise UserError(f"--to {to} holds one model: choose --weights student or teacher")
+    missing = [package for package in chosen.needs if find_spec(package) is None]
+    if missing:
+        raise UserError(f"--to {to} needs {' and '.join(missing)}: pip install 'cosmos-fast[{to}]'")
     check_target(out, to, chosen, overwrite)
     source = read_source(checkpoint, wanted, step)
     step(f"writing {out.name}")

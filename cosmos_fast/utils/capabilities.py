@@ -90,6 +90,8 @@ PACKAGES = (
     ),
     OptionalPackage("webdataset", "webdataset", ("webdataset",), "no writing of shards"),
     OptionalPackage("pyarrow", "pyarrow", ("pyarrow",), "data prepare reads no parquet files"),
+    OptionalPackage("onnx", "onnx", ("onnx",), "no export --to onnx"),
+    OptionalPackage("onnxscript", "onnxscript", ("onnxscript",), "no export --to onnx"),
     OptionalPackage("tensorboard", "tensorboard", ("tensorboard",), "metrics go to metrics.jsonl only"),
     OptionalPackage("wandb", "wandb", ("wandb",), "metrics go to metrics.jsonl only"),
 )
