@@ -32,7 +32,6 @@ from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 # Ranks -> stages; those of four take long where they share two cores, and stage 2 is much like stage 1.
 WORLDS = {2: (0, 1, 2, 3), 4: (0, 1, 3)}
 LOSS_SAMPLES = 16
-RATE_S = 1.0
 CALLS_BAR, BYTES_BAR = 8 / 160, 1 / 20
 # Metric -> its unit, and what of all ranks stands in the row.
 COSTS = {"peak_mib": ("MiB", max), "received_mib": ("MiB", statistics.mean), "collectives": ("", max)}
@@ -40,11 +39,13 @@ COSTS = {"peak_mib": ("MiB", max), "received_mib": ("MiB", statistics.mean), "co
 
 @dataclass
 class Setting:
-    """batch: samples of a rank. more: overrides of the configuration. What has been measured so far follows."""
+    """batch: samples of a rank. more: overrides of the configuration. rate_s: seconds that each rate is measured for.
+    What has been measured so far follows."""
 
     batch: int
     repeats: int
     more: tuple[str, ...] = ()
+    rate_s: float = 1.0
     rates: dict[int, dict[str, float]] = field(default_factory=dict)
     mfu: float = 0.0
 
@@ -87,7 +88,7 @@ def losses(setting: Setting, world: int) -> Iterator[Row]:
 def machine(setting: Setting, world: int) -> Iterator[Row]:
     """Rates of a rank while all are at work: the slowest rank's."""
     values = count_parameters(Case(None).config(setting.batch, "", *setting.more))
-    ranks = run_ranks(rank_steps.rates, world, values, RATE_S)
+    ranks = run_ranks(rank_steps.rates, world, values, setting.rate_s)
     pick = {name: max if name == "latency_us" else min for name in ranks[0]}
     setting.rates[world] = {name: pick[name](rank[name] for rank in ranks) for name in ranks[0]}
     for name, value in setting.rates[world].items():

@@ -20,7 +20,7 @@ BOTH = (Case(1), Case(1, "parts"))
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
     """By metric."""
-    setting = Setting(batch=4, repeats=2, more=MODEL)
+    setting = Setting(batch=4, repeats=2, more=MODEL, rate_s=0.02)
     alone = [*bench_ranks.machine(setting, 1), *bench_ranks.steps(setting, 1, (Case(None),))]
     machine, losses = bench_ranks.machine(setting, 2), bench_ranks.losses(setting, 2)
     found = [*alone, *machine, *losses, *bench_ranks.steps(setting, 2, BOTH), *bench_ranks.costs(setting, 2, BOTH)]
