@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 # Files whose few tests take longest. They come first, so that at the end no process waits for one of them alone.
 FIRST = (
     "test_deepspeed.py",
+    "test_checkpoint_ranks.py",
     "test_launchers.py",
     "test_infonce_emulated.py",
     "test_resume.py",

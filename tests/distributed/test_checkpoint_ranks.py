@@ -99,6 +99,7 @@ def test_a_disk_that_is_full_on_one_rank_stops_all_and_the_run_goes_on(mode: str
     assert_equal(folder / f"full_{mode}" / "checkpoints" / LAST, folder / "plain" / "checkpoints" / LAST)
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_while_it_writes_leaves_the_checkpoint_before(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
         run_ranks(killed_while_writing, 2, str(tmp_path))
