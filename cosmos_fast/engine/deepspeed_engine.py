@@ -41,6 +41,7 @@ from cosmos_fast.engine.zero_state import common_steps, slices_of_parts, slices_
 from cosmos_fast.model import CosmosFeatures, CosmosModel
 from cosmos_fast.model.stored import TensorSlice
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.network import limit_waits
 from cosmos_fast.utils.phases import PhaseClock, no_clock
 from cosmos_fast.utils.ranks import Ranks
 
@@ -79,6 +80,7 @@ class ZeroRun:
         self._adamw = ZeroAdamWEma(config.optimizer, student)
         self._deepspeed = import_deepspeed(student.logit_scale.device)
         self._engine = self._initialize(StudentPasses(student, precision), settings)
+        limit_waits(config.run.collective_timeout_s)  # DeepSpeed has made groups that wait as long as torch likes
         self._flats = [] if self.stage == 0 else self._find_flats()
         if self.stage:
             self._adamw.norm_of = lambda: self._engine.optimizer._global_grad_norm
