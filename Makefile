@@ -20,12 +20,13 @@ CORE := $(VENV)/.installed-core-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
 DEV := $(VENV)/.installed-dev-$(COSMOS_NATIVE)-$(COSMOS_CUDA)
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.*)
 
-.PHONY: help setup demo test lint bench kernel-resources gpu-check clean
+.PHONY: help setup demo demo-ranks test lint bench kernel-resources gpu-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup      install everything in .venv/ (a few minutes the first time)"
 	@echo "make demo       train a small COSMOS model on generated data, report in runs/demo/"
+	@echo "make demo-ranks the same COSMOS model on two ranks, by DeepSpeed; on CPUs"
 	@echo "make test       all tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      benchmarks of this machine"
@@ -65,6 +66,12 @@ demo: $(CORE)
 	$(BIN)/cosmos-fast train --recipe demo_clip --resume
 	$(BIN)/cosmos-fast eval report --cosmos runs/demo/cosmos --clip runs/demo/clip --data data/demo/heldout --out runs/demo \
 	  --segmentation-samples 250 --require-chance-multiple 50
+
+# The same samples a step as `demo`: what comes out is the same, up to rounding.
+demo-ranks: $(DEV)
+	$(BIN)/cosmos-fast data synth --out data/demo --train 8000 --heldout 500 --seed 0
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_gpus 2 --module cosmos_fast.cli.train \
+	  --recipe demo --set name=cosmos_ranks --set run.batch_size=32 --set run.device=cpu --resume
 
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

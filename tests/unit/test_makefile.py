@@ -45,7 +45,7 @@ def stamp(checkout, *names):
 
 def test_the_demo_needs_no_tools_and_the_rest_does(checkout):
     assert installs(checkout, "demo") == ["'.'"]
-    for target in ("setup", "test", "lint", "bench", "kernel-resources"):
+    for target in ("setup", "demo-ranks", "test", "lint", "bench", "kernel-resources"):
         assert installs(checkout, target) == ["'.[dev]'"]
     assert installs(checkout, "gpu-check") == []
 
