@@ -83,6 +83,11 @@ def test_many_samples(shape, device):
     _check(inputs, shape[4], without_gradient=tuple(inputs) if shape[0] > 100 else ())
 
 
+@pytest.mark.long
+def test_gradients_of_many_samples(device):
+    _check(_inputs(MANY[-1], torch.float16, device), MANY[-1][4])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1e4, 1e-2])
 def test_tokens_of_any_size(size, dtype, device):
