@@ -1,9 +1,9 @@
 """The multi-view loss, forward and backward: all 80 pairs in one tiled pass against 160 logit matrices.
 
 Features are random, of the student's 8 + 8 views and the teacher's 2 + 2. On a CPU: time, peak memory, bytes saved for
-backward. On a GPU, under bf16 autocast: time against the eager port, against it compiled pair by pair, against Inf-CL
-looped over pairs where `inf_cl` is installed; one rank's rows against a large global batch as a share of the limit that
-the matrix products set; peak memory. Axes: V views, B batch, G global batch, D embedding.
+backward, and time against the port compiled pair by pair. On a GPU, under bf16 autocast: time against the same two, and
+against Inf-CL looped over pairs where `inf_cl` is installed; one rank's rows against a large global batch as a share of
+the limit that the matrix products set; peak memory. Axes: V views, B batch, G global batch, D embedding.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS
 from cosmos_fast.loss import CosmosLoss
 from cosmos_fast.model import CosmosFeatures, TeacherFeatures
+from cosmos_fast.model.compute import why_no_compiler
 from cosmos_fast.ops import multiview_infonce
 from cosmos_fast.utils.peak_rates import matmul_flops_per_s
 
@@ -256,17 +257,24 @@ def plan(batches: tuple[int, ...], setting: Setting) -> Iterator[tuple[str, Call
         yield f"time at {batch}", partial(measure_time, batch, setting, "eager port", run_eager, bar)
         if device == "cpu":
             yield f"memory at {batch}", partial(measure_memory, batch, setting)
-    if device == "cpu":
-        return
-    for batch, total in RANKS:
-        yield f"one rank, {batch} of {total}", partial(measure_rank, batch, total, setting)
-    yield f"memory at {batches[-1]}", partial(measure_memory, batches[-1], setting)
-    pairs = [("pairs compiled", partial(forward_pairs, pair=torch.compile(infonce)), COMPILED_BAR)]
-    if importlib.util.find_spec("inf_cl"):
-        pairs.append(("Inf-CL", partial(forward_pairs, pair=inf_cl_pair), INF_CL_BAR))
-    for name, forward, bar in pairs:
+    if device == "cuda":
+        for batch, total in RANKS:
+            yield f"one rank, {batch} of {total}", partial(measure_rank, batch, total, setting)
+        yield f"memory at {batches[-1]}", partial(measure_memory, batches[-1], setting)
+    for name, forward, bar in pairwise_baselines(device):
         for batch in batches:
             yield f"{name} at {batch}", partial(measure_time, batch, setting, name, partial(run, forward), bar)
+
+
+def pairwise_baselines(device: str) -> Iterator[tuple[str, Callable[[Features], Tensor], float | None]]:
+    """What else computes the loss of a pair of views, where it is installed, and the bar against it."""
+    if (missing := why_no_compiler(torch.device(device))) is None:
+        compiled = partial(forward_pairs, pair=torch.compile(infonce))
+        yield "pairs compiled", compiled, COMPILED_BAR if device == "cuda" else None
+    else:
+        click.echo(f"without the compiled pairs: {missing}")
+    if device == "cuda" and importlib.util.find_spec("inf_cl"):
+        yield "Inf-CL", partial(forward_pairs, pair=inf_cl_pair), INF_CL_BAR
 
 
 @click.command(name="infonce", help=__doc__, context_settings={"show_default": True})
