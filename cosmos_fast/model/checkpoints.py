@@ -20,6 +20,7 @@ from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.model.stored import FORMAT, MANIFEST, StoredTensors, parts_in
 from cosmos_fast.model.weights import infer_config, strip_module_prefix
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.hub import local_path
 
 WeightsOf = Literal["teacher", "student"]
 
@@ -29,7 +30,8 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
 
     Args:
         path: a run folder (its newest complete checkpoint is taken), a checkpoint folder (in whole files or in the
-            parts of several ranks), a `.safetensors` file, or a `.pt` file of COSMOS or OpenCLIP.
+            parts of several ranks), a `.safetensors` file, or a `.pt` file of COSMOS or OpenCLIP; or such a file on the
+            Hugging Face hub, `hf://owner/repository/file`.
         weights: which of the two models of a COSMOS checkpoint; a file that holds one model gives that one.
 
     Raises:
@@ -50,6 +52,7 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
 def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     """The file that holds the weights a path stands for; of a checkpoint in parts its manifest, which holds the SHA-256
     of each."""
+    path = local_path(path)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -90,6 +90,7 @@ PACKAGES = (
     ),
     OptionalPackage("webdataset", "webdataset", ("webdataset",), "no writing of shards"),
     OptionalPackage("pyarrow", "pyarrow", ("pyarrow",), "data prepare reads no parquet files"),
+    OptionalPackage("huggingface_hub", "huggingface_hub", ("huggingface_hub",), "no checkpoints from hf:// addresses"),
     OptionalPackage("onnx", "onnx", ("onnx",), "no export --to onnx"),
     OptionalPackage("onnxscript", "onnxscript", ("onnxscript",), "no export --to onnx"),
     OptionalPackage("tensorboard", "tensorboard", ("tensorboard",), "metrics go to metrics.jsonl only"),

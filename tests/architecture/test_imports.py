@@ -22,7 +22,7 @@ KERNEL_USERS = ("ops", "cli")  # cli: doctor reports on the native libraries
 
 HOMES = ("triton", "deepspeed", "nvidia.dali", "tensorboard", "torch.utils.tensorboard", "wandb")
 HOMES += ("fsspec", "apex", "torchao", "transformer_engine", "flash_attn", "flash_attn_interface", "xformers")
-HOMES += ("pyarrow",)
+HOMES += ("pyarrow", "huggingface_hub")
 
 
 def product_imports():
