@@ -71,8 +71,9 @@ class RunConfig:
     them, but all of the temperatures', as the original's gathers leave it. world_size_hint: ranks the recipe was
     published with (0: any). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
     teacher_copy: of a teacher that ZeRO has divided, what its forward pass runs on: "whole", a copy of all weights,
-    gathered once a step; "parts", block by block, gathered in the pass; "auto", parts where the copy is much of a
-    rank's memory.
+    gathered once a step; "parts", block by block, gathered in the pass; "auto", parts on
+    CPUs with one micro-batch a step, where they were measured to be faster and smaller; else where the copy is much of
+    a rank's memory.
     threads: CPU threads, None leaves torch's choice. *_every_steps: optimizer steps, 0 means never (a checkpoint is
     always written at the end). checkpoint_async: write checkpoints while training goes on; "auto" does where
     training is on GPUs. keep_checkpoints: newest ones kept; besides those, each whose step is a multiple of

@@ -32,7 +32,8 @@ from cosmos_fast.utils.ranks import Ranks
 
 Parts = Callable[[], Sequence[tuple[Tensor, FlatLayout]]]
 """This rank's parts of the average, [S] each, with their layouts: the same tensors, or others, at every call."""
-# A whole copy that takes less of a rank's memory than this is worth the time that it saves.
+# Where nothing was measured (GPUs), or parts are sent once a micro-batch: a whole copy stays that takes less of a
+# rank's memory than this.
 WHOLE_COPY_SHARE = 0.05
 
 
@@ -67,6 +68,8 @@ def choose_copy(config: TrainConfig, stage: int, weights_bytes: int, ranks: Rank
         return request
     if stage == 0 or fixed or config.objective == "clip":
         return "whole"
+    if ranks.device.type == "cpu" and config.run.accumulate_steps == 1:
+        return "parts"  # measured on gloo ranks: less time and less memory in every stage (docs/scale.md)
     return "parts" if ranks.on_first(lambda: weights_bytes > WHOLE_COPY_SHARE * _rank_memory(ranks)) else "whole"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,27 @@ def tokenizer():
     return [get("tokenizer", "plain_batch_ms"), get("tokenizer", "batch_ms"), *against_bar("tokenizer", "batch_ms")]
 
 
+def ranks(world, stage):
+    """Cells "step | teacher in parts | peak memory | in parts | the plan's step": ms and MiB, the others ratios."""
+    case = f"{world} ranks, stage {stage}"
+    whole, in_parts = (f"{case}, teacher {copy}" if stage else case for copy in ("whole", "parts"))
+    step, peak = (get("ranks", f"{name}/{whole}") for name in ("step_ms", "peak_mib"))
+    planned = ratio("ranks", f"plan_step_ms/{whole}")
+    if stage == 0:
+        return [step, peak, planned]
+    return [step, ratio("ranks", f"step_ms/{in_parts}"), peak, ratio("ranks", f"peak_mib/{in_parts}"), planned]
+
+
+def gathers(world):
+    """Cells "collectives | bytes | bytes in bf16 | time" of the losses; but the first, shares of the original's."""
+    case = f"{world} ranks"
+    shares = [f"loss_received_kib/{case}", f"loss_received_kib/{case}, bf16", f"loss_ms/{case}"]
+    return [get("ranks", f"loss_collectives/{case}"), *(ratio("ranks", name) for name in shares)]
+
+
 PERFORMANCE, KERNELS, DATA, README = "docs/performance.md", "docs/kernels.md", "docs/data.md", "README.md"
+SCALE = "docs/scale.md"
+RANKED = re.findall(r"^\| (?:(losses) of )?(\d) ranks(?:, stage (\d))? \|", (ROOT / SCALE).read_text(), re.M)
 # Document, how a line begins, the numbers that follow on it.
 QUOTED = [
     (PERFORMANCE, "| teacher |", lambda: phase("teacher")),
@@ -136,6 +157,11 @@ QUOTED = [
     (KERNELS, "| dense, M = 256, K = 16384 |", lambda: distilled("dense", "256x16384")),
     (KERNELS, "| InfoNCE, 80 pairs, B = 512, against the original's way |", lambda: losses(512)),
     (KERNELS, "| the same, B = 1024 |", lambda: losses(1024)),
+    (
+        KERNELS,
+        "| InfoNCE against the original's loss compiled pair by pair, B = 512; 1024 |",
+        lambda: [ratio("infonce", f"forward_backward_ms/{batch}/pairs_compiled") for batch in (512, 1024)],
+    ),
     (KERNELS, "| pooling, B = 32, L = 77, against keys and values repeated; once a sample |", lambda: pooling(77)),
     (KERNELS, "| the same, L = 196 |", lambda: pooling(196)),
     (
@@ -152,6 +178,12 @@ QUOTED = [
         lambda: [ratio("loader", "fed_step_ms/pil")],
     ),
     (DATA, "it waited for", lambda: [get("loader", f"stall_pct/{kind}") for kind in ("pil", "dali")]),
+    *(
+        (SCALE, f"| losses of {world} ranks |", partial(gathers, world))
+        if kind
+        else (SCALE, f"| {world} ranks, stage {stage} |", partial(ranks, world, int(stage)))
+        for kind, world, stage in RANKED
+    ),
     (README, "| JPEGs to batches, processor time a sample |", lambda: loader("pil")[:3]),
     (
         README,
@@ -206,6 +238,10 @@ def test_a_quoted_figure_is_the_one_in_the_results(document, start, expected):
     assert len(found) == len(values), (found, values)
     wrong = [(text, value) for text, value in zip(found, values, strict=True) if not agrees(text, value)]
     assert not wrong, f"{document}, {start!r}: shown and measured: {wrong}"
+
+
+def test_tables_of_ranks_are_found():
+    assert {("", "2", str(stage)) for stage in range(4)} | {("losses", "2", ""), ("losses", "4", "")} <= set(RANKED)
 
 
 def test_rounding():

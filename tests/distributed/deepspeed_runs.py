@@ -80,6 +80,7 @@ def config_of(name: str, folder: Path, world_size: int, *more: str) -> TrainConf
     case = CASES[name]
     micro = 2 if "run.accumulate_steps=2" in case.overrides else 1
     settings = (f"name={name}", f"run.batch_size={GLOBAL_BATCH // world_size // micro}", f"run.max_steps={case.steps}")
+    settings += ("run.teacher_copy=whole",)
     return tiny_config(folder, *settings, *case.overrides, *more, recipe="demo_clip" if "clip" in name else "demo")
 
 

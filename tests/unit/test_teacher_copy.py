@@ -29,8 +29,15 @@ def chosen(config: TrainConfig, stage: int, weights: int, memory: int, ranks: Ra
     return choose_copy(config, stage, weights, ranks)
 
 
-def test_auto_goes_by_the_memory_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, alone = tiny_config(tmp_path), Ranks()
+def test_auto_goes_by_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpus = replace(Ranks(), device=torch.device("cuda", 0))
+    assert chosen(tiny_config(tmp_path), 1, GIB, 80 * GIB, Ranks(), monkeypatch) == "parts"
+    assert chosen(tiny_config(tmp_path), 0, GIB, 80 * GIB, Ranks(), monkeypatch) == "whole"  # nothing is divided
+    assert chosen(tiny_config(tmp_path), 1, GIB, 80 * GIB, on_gpus, monkeypatch) == "whole"
+
+
+def test_else_by_the_memory_of_a_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, alone = tiny_config(tmp_path, "run.accumulate_steps=2"), Ranks()
     assert chosen(config, 1, GIB, 80 * GIB, alone, monkeypatch) == "whole"
     assert chosen(config, 1, 5 * GIB, 80 * GIB, alone, monkeypatch) == "parts"
     assert chosen(config, 0, 5 * GIB, 80 * GIB, alone, monkeypatch) == "whole"  # nothing is divided
@@ -38,7 +45,7 @@ def test_auto_goes_by_the_memory_of_a_rank(tmp_path: Path, monkeypatch: pytest.M
     assert chosen(config, 1, GIB, 80 * GIB, shared, monkeypatch) == "parts"  # ranks on CPUs share the host's
     on_gpus = replace(shared, device=torch.device("cuda", 0))
     assert chosen(config, 1, GIB, 80 * GIB, on_gpus, monkeypatch) == "whole"
-    graphs = replace(config, compute=replace(config.compute, cuda_graphs=True))
+    graphs = tiny_config(tmp_path, "compute.cuda_graphs=true")
     assert chosen(graphs, 1, 5 * GIB, 80 * GIB, alone, monkeypatch) == "whole"
     assert chosen(tiny_config(tmp_path, recipe="demo_clip"), 1, 5 * GIB, 80 * GIB, alone, monkeypatch) == "whole"
     asked = tiny_config(tmp_path, "run.teacher_copy=parts")
@@ -59,7 +66,7 @@ def in_parts(teacher: CosmosModel) -> tuple[TeacherInParts, torch.Tensor]:
     named = dict(teacher.named_parameters())
     layout = FlatLayout.of(list(named), [p.shape for p in named.values()], None)
     count = sum(math.prod(p.shape) for p in named.values())
-    average_S = layout.part(named, 0, torch.zeros(count), 1)
+    average_S = layout.part(named, 0, torch.zeros(count))
     return TeacherInParts(teacher, lambda: [(average_S, layout)], Ranks()), average_S
 
 
