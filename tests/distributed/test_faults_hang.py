@@ -67,6 +67,7 @@ def time_passes_where_it_hangs(launch: Launch, life: int) -> None:
     Watchdog._tick = tick  # type: ignore[method-assign]
 
 
+@pytest.mark.long
 def test_all_ranks_say_where_they_are_when_one_hangs_and_torchrun_starts_them_again(
     tmp_path: Path, shards: Path
 ) -> None:

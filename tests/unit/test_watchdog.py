@@ -96,6 +96,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(dog: Played, monke
     assert Watchdog._tick(dog) == 2 * TICK_S
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_it_ends_the_process_although_its_words_hang_too(dog: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     for_ever = threading.Event()
 
