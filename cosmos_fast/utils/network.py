@@ -20,6 +20,11 @@ from cosmos_fast.utils.errors import UserError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFCONF, _SIZE_OF_IFREQ = 0x8912, 40  # of Linux, 64 bits
+# What gloo says where another rank has gone, or no longer answers: most of it with the place in its source, not all.
+_LOST = re.compile(
+    r"gloo/transport|caused pair closure|closed by peer|reset by peer|Timed out waiting|Read timeout|Connect timeout"
+    r"|Socket closed|Pair is not connected|Broken pipe|No route to host|Network is unreachable|Connection timed out"
+)
 _FAR_AWAY = "192.0.2.1"  # nobody's address (RFC 5737): the way to it is the default route
 
 
@@ -71,7 +76,7 @@ def lost_ranks_explained(rank: int, world_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+        if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
         told = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().partition("\n")[0])  # without the line of gloo's source
         raise UserError(
