@@ -1,0 +1,1 @@
+"""Published evaluation sets, read from the folders that their publishers' archives unpack to."""

@@ -1,0 +1,75 @@
+"""Files of a published layout: what is missing or unreadable is told in one line that names the first such path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from cosmos_fast.data.faults import SampleFault
+from cosmos_fast.data.images import decode
+from cosmos_fast.utils.errors import UserError
+
+
+def required(name: str, root: Path, *choices: str) -> Path:
+    """The first of some paths below a set's folder that is there. UserError names the first, and how to see the layout."""
+    if not root.exists():
+        raise UserError(f"{name}: {root} does not exist: give the folder of the unpacked data set")
+    for choice in choices:
+        if (root / choice).exists():
+            return root / choice
+    raise UserError(
+        f"{name}: {root / choices[0]} is missing: `cosmos-fast eval sets {name}` prints the layout that is read"
+    )
+
+
+def all_there(name: str, root: Path, relative: Sequence[str]) -> None:
+    """UserError names the first of many paths below a folder that is missing, and how many are."""
+    missing = [path for path in relative if not (root / path).is_file()]
+    if missing:
+        raise UserError(
+            f"{name}: {root / missing[0]} is missing ({len(missing)} of {len(relative)} files are): the copy is not "
+            "whole, unpack it again"
+        )
+
+
+def read_text(name: str, path: Path) -> str:
+    """UTF-8. UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: {path} cannot be read ({error}): unpack the data set again") from None
+
+
+def read_json(name: str, path: Path) -> Any:
+    """UserError where it is no JSON."""
+    try:
+        return json.loads(read_text(name, path))
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: {path} is no JSON ({error}): unpack the data set again") from None
+
+
+class FileImages:
+    """Images of a folder by their paths below it, all of which were there when it was opened (see `datasets.sets`)."""
+
+    def __init__(self, name: str, root: Path, relative: Sequence[str]) -> None:
+        all_there(name, root, relative)
+        self.name, self.root, self.relative = name, root, tuple(relative)
+
+    def __len__(self) -> int:
+        return len(self.relative)
+
+    def key(self, number: int) -> str:
+        return self.relative[number]
+
+    def image(self, number: int) -> Image.Image:
+        path = self.root / self.relative[number]
+        try:
+            return decode(path.read_bytes())
+        except (OSError, SampleFault) as error:
+            raise UserError(f"{self.name}: {path} is broken ({error}): unpack the data set again") from None

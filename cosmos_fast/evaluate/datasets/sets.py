@@ -1,0 +1,92 @@
+"""What a reader of a published layout gives, whatever its files look like: images, and the answers to hold them against.
+
+Axis legend: N images, H, W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from cosmos_fast.evaluate.prompts import ClassSet
+from cosmos_fast.evaluate.segmentation import SegmentationProtocol
+
+
+class Images(Protocol):
+    """Images by number, 0 to len - 1, which may be read from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, number: int) -> str:
+        """The name that messages and pictures give it: its path below the set's folder, or its key in a shard."""
+
+    def image(self, number: int) -> Image.Image:
+        """RGB, of full size. UserError where it is missing or broken: a set without it would be another set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """name: as on the command line ("coco"). split: as its publisher calls it ("val2017"). sha256: of keys and answers,
+    in order (`digest`), so that two results can be told to be of the same questions."""
+
+    name: str
+    split: str
+    images: Images
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalSet(EvalSet):
+    """captions: of every image, at least one."""
+
+    captions: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSet(EvalSet):
+    """labels: of every image, a number into classes.classes."""
+
+    labels: tuple[int, ...]
+    classes: ClassSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSet(EvalSet):
+    """truth: number of an image -> uint8 [H, W] of its size (UserError where broken): numbers into classes.classes, or
+    IGNORE. Where there is a background it is class 0, and its synonyms are what is not looked for."""
+
+    truth: Callable[[int], np.ndarray]
+    classes: ClassSet
+    protocol: SegmentationProtocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """How a set is known on the command line.
+
+    task: one of tasks.TASKS. title: what it is, in a line. layout: the tree below ROOT that `open` asks for, as text.
+    open: the folder (or archive, where the layout says so) -> the set; UserError names the first path that is missing.
+    It reads lists and annotations, and looks whether the images are there, but decodes none.
+    """
+
+    name: str
+    task: str
+    title: str
+    layout: str
+    open: Callable[[Path], EvalSet]
+
+
+def digest(keys: Iterable[str], answers: Iterable[str]) -> str:
+    """SHA-256 over keys and answers: captions, or a class, or the key of a map of classes."""
+    total = hashlib.sha256()
+    for key, answer in zip(keys, answers, strict=True):
+        for text in (key, answer):
+            data = text.encode()
+            total.update(len(data).to_bytes(8, "little") + data)
+    return total.hexdigest()
