@@ -15,7 +15,7 @@ from cosmos_fast.utils.errors import UserError
 
 
 def required(name: str, root: Path, *choices: str) -> Path:
-    """The first of some paths below a set's folder that is there. UserError names the first, and how to see the layout."""
+    """The first of some paths below a folder that is there. UserError names the first, and how to see the layout."""
     if not root.exists():
         raise UserError(f"{name}: {root} does not exist: give the folder of the unpacked data set")
     for choice in choices:

@@ -1,4 +1,4 @@
-"""What a reader of a published layout gives, whatever its files look like: images, and the answers to hold them against.
+"""What a reader of a published layout gives, whatever its files look like: images, and the answers to compare with.
 
 Axis legend: N images, H, W pixels.
 """
