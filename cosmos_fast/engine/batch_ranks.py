@@ -16,10 +16,13 @@ from typing import Any
 import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.network import LostRanks
 from cosmos_fast.utils.ranks import TIMEOUT_S, Ranks
 from cosmos_fast.utils.rendezvous import keeps_store, store_of_this_try
 
-_PREFIX = "batch_size"
+
+class OthersFailed(Exception):
+    """The child of another rank has not come through: there is nothing to be measured here."""
 
 
 @dataclass
@@ -68,28 +71,37 @@ class SearchRanks:
     def largest(self, measure: Callable[[], int | None]) -> int | None:
         """The most that any rank needs; None where it does not fit one of them.
 
+        Args:
+            measure: of this rank; may raise OthersFailed.
+
         Raises:
-            UserError: this rank's, or that of another.
+            UserError: this rank's, or that of another. That ranks lost each other counts only where none of them says
+                why.
         """
         if self.store is None:
             return measure()
-        peak: int | None = None
         failure: Exception | None = None
+        found: dict[str, Any] = {}  # peak, lost or failure; nothing where this rank gave up because another failed
         try:
-            peak = measure()
+            found["peak"] = measure()
+        except OthersFailed:
+            pass
+        except LostRanks as error:  # what has ended a child elsewhere decides, and ranks may learn of it in any order
+            found["lost"] = str(error)
         except Exception as error:
             failure = error
-        if peak is None:
+            found["failure"] = str(error) or type(error).__name__
+        if found.get("peak") is None:
             self.store.set(f"{self.rounds}/failed", "1")
-        told = "" if failure is None else str(failure) or type(failure).__name__
-        found = self.gather({"peak": peak, "failure": told})
+        everywhere = self.gather(found)
         if failure is not None:
             raise failure
-        for rank, one in enumerate(found):
-            if one["failure"]:
-                raise UserError(f"rank {rank}: {one['failure']}")
-        peaks = [one["peak"] for one in found]
-        return None if None in peaks else max(peaks)
+        _raise_first(everywhere, "failure")
+        peaks = [one.get("peak", 0) for one in everywhere]
+        if None in peaks:
+            return None
+        _raise_first(everywhere, "lost")
+        return max(peaks)
 
     def close(self) -> None:
         """Wait for the others; rank 0 goes last, whose process may keep the store."""
@@ -99,3 +111,9 @@ class SearchRanks:
         self.store.set(f"bye/{self.place.rank}", "")
         for rank in range(self.place.world_size) if self.place.first else ():
             self.store.get(f"bye/{rank}")
+
+
+def _raise_first(everywhere: list[dict[str, Any]], what: str) -> None:
+    for rank, one in enumerate(everywhere):
+        if what in one:
+            raise UserError(f"rank {rank}: {one[what]}")

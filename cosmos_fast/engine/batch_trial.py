@@ -27,7 +27,7 @@ import torch
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.random_batch import RandomLoader
-from cosmos_fast.engine.batch_ranks import SearchRanks
+from cosmos_fast.engine.batch_ranks import OthersFailed, SearchRanks
 from cosmos_fast.engine.out_of_memory import is_out_of_memory
 from cosmos_fast.engine.precision import resolve_device, resolve_precision
 from cosmos_fast.engine.run_folder import RunPlan
@@ -118,7 +118,7 @@ def _watch(child: BaseProcess, receiver: Connection, limit_bytes: int, on_cuda: 
         if not on_cuda and _resident_bytes(child.pid) > limit_bytes:
             return None
         if looks % ASK_EVERY == 0 and ranks.someone_failed():
-            return None
+            raise OthersFailed
     try:
         found: int | UserError | None = receiver.recv()
     except EOFError:

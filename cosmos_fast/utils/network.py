@@ -28,6 +28,10 @@ _LOST = re.compile(
 _FAR_AWAY = "192.0.2.1"  # nobody's address (RFC 5737): the way to it is the default route
 
 
+class LostRanks(UserError):
+    """Another rank has ended, hangs, or is cut off: of what happened there this rank knows nothing."""
+
+
 def choose_interface(meeting: str, port: int, *, one_host: bool) -> None:
     """Set the interface that gloo listens at, where GLOO_SOCKET_IFNAME does not say it yet.
 
@@ -71,7 +75,7 @@ def lost_ranks_explained(rank: int, world_size: int) -> Iterator[None]:
     """A block whose collectives fail with one line where another rank cannot be reached any more.
 
     Raises:
-        UserError: from what torch has raised.
+        LostRanks: from what torch has raised.
     """
     try:
         yield
@@ -79,7 +83,7 @@ def lost_ranks_explained(rank: int, world_size: int) -> Iterator[None]:
         if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
             raise
         told = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().partition("\n")[0])  # without the line of gloo's source
-        raise UserError(
+        raise LostRanks(
             f"rank {rank} of {world_size} on {socket.gethostname()} no longer reaches the others ({told}): one of them "
             "has ended or hangs, see what it says, or the network between them is cut; start all again with --resume. "
             "How long a rank waits is run.collective_timeout_s"

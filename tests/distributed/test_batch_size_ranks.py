@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from cosmos_fast.engine.batch_ranks import SearchRanks
+from cosmos_fast.engine.batch_ranks import OthersFailed, SearchRanks
 from cosmos_fast.engine.batch_trial import measure_peak
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.network import LostRanks
 from cosmos_fast.utils.ranks import place_of_environment
 from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config
@@ -33,12 +34,24 @@ def _agree(folder: str) -> None:
             pass
         return 5
 
+    def lose_each_other(way: str) -> int | None:
+        if way == "out of memory" and place.rank == 1:  # whose child is ended, at which that of rank 0 loses it
+            return None
+        if way == "cut" and place.rank == 0:
+            raise OthersFailed
+        raise LostRanks("the other one is gone")
+
     found["most"] = ranks.largest(lambda: 10 + place.rank)
     found["none"] = ranks.largest(lambda: None if place.rank == 0 else 7)
     try:
         ranks.largest(give_up)
     except UserError as error:
         found["failure"] = str(error)
+    for way in ("out of memory", "cut"):
+        try:
+            found[way] = ranks.largest(lambda way=way: lose_each_other(way))
+        except UserError as error:
+            found[way] = str(error)
     found["after"] = ranks.largest(lambda: 3)
     found["meeting"] = ranks.meeting
     Path(folder, f"{place.rank}.json").write_text(json.dumps(found))
@@ -51,8 +64,15 @@ def test_ranks_agree_without_a_process_group(tmp_path: Path) -> None:
     failures = [one.pop("failure") for one in found]
     assert failures == ["rank 1: this cannot be trained", "this cannot be trained"]
     assert found[0] == found[1]
-    assert found[0].pop("meeting").endswith("_6")
-    assert found[0] == {"limit": 99, "most": 11, "none": None, "after": 3}
+    assert found[0].pop("meeting").endswith("_8")
+    assert found[0] == {
+        "limit": 99,
+        "most": 11,
+        "none": None,
+        "out of memory": None,
+        "cut": "rank 1: the other one is gone",
+        "after": 3,
+    }
 
 
 def test_one_process_asks_nobody() -> None:
