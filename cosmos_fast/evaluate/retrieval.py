@@ -5,7 +5,7 @@ Axis legend: N images, M captions, D embed. Every caption belongs to one image; 
 Protocol: features are L2-normalised, the score is their cosine. Image -> text counts the best placed of an image's own
 captions; text -> image looks for the one image of a caption. Ranks start at 1. **Ties count against the model**: an
 item of another owner with exactly the same score is placed ahead, so features that collapse to a point score 0, not
-100. For the same reason the comparisons below are written `not (score < own)`: NaN features come last.
+100. For the same reason the comparisons below count what is `not (score < own)`: NaN features come last.
 """
 
 from __future__ import annotations
@@ -30,16 +30,28 @@ def image_to_text_ranks(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> T
         int64 [N], 1 = a caption of the image's own comes first.
     """
     _check_owners(len(image_ND), text_MD, owner_M)
-    step = max(1, BLOCK_ELEMENTS // max(1, len(text_MD)))
+    step = max(1, BLOCK_ELEMENTS // len(text_MD))
+    # Captions in the order of their images: those of a block of images are a slice.
+    owner_sorted_M, caption_M = owner_M.sort(stable=True)
+    starts = range(0, len(image_ND), step)
+    edges = torch.tensor([*starts, len(image_ND)], device=owner_M.device)
+    slices = torch.searchsorted(owner_sorted_M, edges).tolist()
     ranks = []
-    for start in range(0, len(image_ND), step):
+    for block, start in enumerate(starts):
         scores_BM = image_ND[start : start + step] @ text_MD.T
-        index_B = torch.arange(start, start + len(scores_BM), device=owner_M.device)
-        own_BM = owner_M[None, :] == index_B[:, None]
-        best_B = scores_BM.masked_fill(~own_BM, -torch.inf).amax(dim=1)
-        ahead_B = (~(scores_BM < best_B[:, None]) & ~own_BM).sum(dim=1)
-        ranks.append(ahead_B + 1)
+        own = slice(slices[block], slices[block + 1])
+        ranks.append(_best_own_ranks(scores_BM, owner_sorted_M[own] - start, caption_M[own]))
     return torch.cat(ranks)
+
+
+def _best_own_ranks(scores_BM: Tensor, row_K: Tensor, column_K: Tensor) -> Tensor:
+    """Rank of the best of a row's own columns, int64 [B]. row_K, column_K: int64, all places (K) of own scores."""
+    own_K = scores_BM[row_K, column_K]
+    best_B = scores_BM.new_full((len(scores_BM),), -torch.inf).scatter_reduce_(0, row_K, own_K, "amax")
+    # Other captions that are not below the best own one: all that are not, without the own ones that are not.
+    not_below_B = scores_BM.shape[1] - (scores_BM < best_B[:, None]).sum(dim=1)
+    own_not_below_B = torch.zeros_like(not_below_B).index_add_(0, row_K, (~(own_K < best_B[row_K])).long())
+    return not_below_B - own_not_below_B + 1
 
 
 def text_to_image_ranks(text_MD: Tensor, image_ND: Tensor, owner_M: Tensor) -> Tensor:
@@ -56,8 +68,8 @@ def text_to_image_ranks(text_MD: Tensor, image_ND: Tensor, owner_M: Tensor) -> T
 def ranks_of_targets(scores_BC: Tensor, target_B: Tensor) -> Tensor:
     """Rank (1 = first) of column `target_B` in each row; columns that tie with it are placed ahead of it."""
     own_B1 = scores_BC.gather(1, target_B[:, None])
-    # The target ties with itself, which makes the count start at 1.
-    return (~(scores_BC < own_B1)).sum(dim=1)
+    # Not below it are those ahead, ties, NaN, and itself, which makes the count start at 1.
+    return scores_BC.shape[1] - (scores_BC < own_B1).sum(dim=1)
 
 
 def rank_metrics(ranks: Tensor, prefix: str) -> dict[str, float]:
