@@ -21,8 +21,13 @@ def detokenize(ids: Sequence[int]) -> str:
     words = list(ids)[1 : list(ids).index(END_ID)]
     pieces = [tokenizer().id_to_token(number) or "" for number in words]
     letters = "".join(piece.removesuffix(_END_OF_WORD) + " " * piece.endswith(_END_OF_WORD) for piece in pieces)
+    return of_letters(letters.rstrip())
+
+
+def of_letters(letters: str) -> str:
+    """The text whose UTF-8 bytes the letters of the vocabulary stand for; "�" where a character was cut."""
     codes = _codes()
-    return bytes(codes[letter] for letter in letters.rstrip()).decode("utf-8", "replace")
+    return bytes(codes[letter] for letter in letters).decode("utf-8", "replace")
 
 
 @lru_cache(maxsize=1)

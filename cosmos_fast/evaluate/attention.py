@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosmos_fast.data.token_texts import of_letters
 from cosmos_fast.data.tokenizer import END_ID, START_ID, tokenizer
 
 START, END = "⟨start⟩", "⟨end⟩"
@@ -38,23 +39,28 @@ def patch_map(attention_HP: Tensor) -> Tensor:
 
 
 def word_spans(ids: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """Words of a token row with the positions of their pieces: start, words, end; padding left out."""
+    """Words of a token row with the positions of their pieces: start, words, end; padding left out.
+
+    The last word of a caption that was cut to the context may be the beginning of one.
+    """
     vocabulary = tokenizer()
     words: list[tuple[str, list[int]]] = []
-    text, places = "", []
+    letters, places = "", []
     for position, token in enumerate(ids):
         if token == START_ID and position == 0:
             words.append((START, [position]))
             continue
-        if token == END_ID:
+        ends = token == END_ID
+        if not ends:
+            piece = vocabulary.id_to_token(int(token)) or "?"
+            letters += piece.removesuffix("</w>")
+            places.append(position)
+        if places and (ends or piece.endswith("</w>")):
+            words.append((of_letters(letters), places))
+            letters, places = "", []
+        if ends:
             words.append((END, [position]))
             break
-        piece = vocabulary.id_to_token(int(token)) or "?"
-        text += piece.removesuffix("</w>")
-        places.append(position)
-        if piece.endswith("</w>"):
-            words.append((text, places))
-            text, places = "", []
     return words
 
 

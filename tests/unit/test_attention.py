@@ -39,6 +39,17 @@ def test_a_caption_that_fills_the_context_has_no_padding() -> None:
     assert word_weights(torch.full((2, 8), 1 / 8), ids)[1] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_words_are_letters_again_and_the_beginning_of_a_cut_word_counts() -> None:
+    ids = tokenize(["Ein Café für Zoë"], 16)[0]
+    assert [word for word, _ in word_spans(ids.tolist())] == [START, "ein", "café", "für", "zoë", END]
+    cut = tokenize(["red kaleidoscopes"], 4)[0]  # start, red, the first piece of the second word, end
+    words, padding = word_weights(torch.full((2, 4), 1 / 4), cut)
+    assert [word.word for word in words][:2] == [START, "red"]
+    assert "kaleidoscopes".startswith(words[2].word)
+    assert [word.share for word in words] == pytest.approx([0.25] * 4)
+    assert padding == pytest.approx(0.0, abs=1e-6)
+
+
 def test_word_weights_sum_pieces_and_account_for_padding() -> None:
     ids = tokenize(["kaleidoscopes red"], 16)[0]
     spans = word_spans(ids.tolist())
