@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from cosmos_fast.evaluate.chance import classification_chance
-from cosmos_fast.evaluate.classification import top_k_accuracy
+from cosmos_fast.evaluate.classification import classification_metrics, mean_per_class, top_k_accuracy
 from cosmos_fast.evaluate.prompts import (
     ClassSet,
     class_features,
@@ -98,6 +98,25 @@ def test_top_k_equals_sorting_without_ties() -> None:
 def test_a_tie_is_not_a_hit() -> None:
     image, text = torch.ones(1, 2), torch.ones(3, 2)
     assert top_k_accuracy(image, text, torch.tensor([0]), ks=(1, 2, 3)) == {"top1": 0.0, "top2": 0.0, "top3": 100.0}
+
+
+def test_every_class_counts_the_same_in_the_mean_per_class_whatever_it_holds() -> None:
+    label = torch.tensor([0, 0, 0, 0, 2, 5, 5])  # classes 1, 3, 4 and those behind 5 show nothing and count nothing
+    hit = torch.tensor([True, True, True, False, False, True, False])
+    assert mean_per_class(hit, label) == pytest.approx(100 * (3 / 4 + 0 + 1 / 2) / 3)
+
+
+def test_all_numbers_of_a_set_come_from_the_same_ranks() -> None:
+    generator = torch.Generator().manual_seed(2)
+    image, text = torch.randn(80, 6, generator=generator), torch.randn(9, 6, generator=generator)
+    label = torch.randint(0, 7, (80,), generator=generator)
+    best = (image @ text.T).argmax(dim=1)
+    per_class = [(best[label == c] == c).double().mean().item() for c in label.unique().tolist()]
+    metrics = classification_metrics(image, text, label)
+    assert metrics == {
+        **top_k_accuracy(image, text, label),
+        "mean_per_class": pytest.approx(100 * sum(per_class) / len(per_class)),
+    }
 
 
 def test_chance_is_k_in_c() -> None:
