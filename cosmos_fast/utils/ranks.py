@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.network import INTERFACE, choose_interface, lost_ranks_explained
+from cosmos_fast.utils.network import INTERFACE, LostRanks, choose_interface, lost_ranks_explained
 from cosmos_fast.utils.rendezvous import keeps_store, store_of_this_try
 
 TIMEOUT_S = 1800.0
@@ -264,7 +264,7 @@ def _meet(place: Ranks, backend: str, timeout_s: float, meeting: str) -> None:
             dist.init_process_group(backend, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         listening = os.environ.get(INTERFACE, "none that was chosen")
-        raise UserError(
+        raise LostRanks(
             f"rank {place.rank} of {place.world_size} cannot meet the others at {address}:{port} "
             f"({_one_line(error)}): check that all ranks run, that this address is reachable from every host, and that "
             f"the ranks reach each other (interface: {listening}; {INTERFACE} names another)"

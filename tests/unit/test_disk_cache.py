@@ -112,7 +112,7 @@ def _hang(folder: Path, name: str) -> None:
     def fill(part: Part) -> None:
         part.write(b"x" * 700)
         (folder.parent / "hanging").touch()
-        time.sleep(60)
+        time.sleep(3600)  # until it is killed
 
     DiskCache(folder, 5000).open(name, 1000, fill)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,12 +40,15 @@ def profiled(tmp_path: Path, *overrides: str, recipe: str = "demo", steps: int =
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch) -> None:
+def _quick(monkeypatch) -> Iterator[None]:
     monkeypatch.setattr(profiler, "measured_rate", lambda device, precision: PeakRate(1e11, "measured: made up"))
     monkeypatch.setattr(profiler, "WARMUP_STEPS", 1)
     monkeypatch.setattr(profiler, "TRACE_STEPS", 1)
     # Processor time: what else the machine does is no part of any phase, nor of "other".
     monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=time.thread_time))
+    gc.disable()  # nor is what former tests have left
+    yield
+    gc.enable()
 
 
 @pytest.fixture
