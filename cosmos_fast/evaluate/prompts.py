@@ -22,11 +22,16 @@ TEXT_BATCH = 256
 
 @dataclass(frozen=True)
 class ClassSet:
-    """Names to choose among. `prompts[c][s]` holds the prompts of wording s of class c, templates already filled in."""
+    """Names to choose among. `prompts[c][s]` holds the prompts of wording s of class c, templates already filled in.
+
+    wordings, templates: what the prompts were made of, where that is known.
+    """
 
     name: str
     classes: tuple[str, ...]
     prompts: tuple[tuple[tuple[str, ...], ...], ...]
+    wordings: tuple[tuple[str, ...], ...] = ()
+    templates: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         whole = self.prompts and all(wordings and all(wordings) for wordings in self.prompts)
@@ -42,7 +47,8 @@ def fill_templates(name: str, wordings: Mapping[str, Sequence[str]], templates: 
         tuple(tuple(template.replace("{}", wording) for template in templates) for wording in synonyms)
         for synonyms in wordings.values()
     )
-    return ClassSet(name, tuple(wordings), prompts)
+    parts = tuple(tuple(synonyms) for synonyms in wordings.values())
+    return ClassSet(name, tuple(wordings), prompts, parts, tuple(templates))
 
 
 @torch.no_grad()

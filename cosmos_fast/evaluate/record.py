@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cosmos_fast.evaluate.datasets.sets import EvalSet, task_of
 from cosmos_fast.evaluate.scenes import SceneSet
 from cosmos_fast.evaluate.tasks import TaskResult
 from cosmos_fast.utils.ranks import ONE, Ranks
@@ -67,6 +68,25 @@ def task_records(results: Mapping[str, TaskResult]) -> dict[str, Any]:
         task: {"metrics": result.metrics, "chance": result.chance, "protocol": result.protocol}
         for task, result in results.items()
     }
+
+
+def benchmark_record(found: EvalSet, result: TaskResult) -> dict[str, Any]:
+    """What was asked and what came out. sha256: of the questions and their answers, as the reader gives it."""
+    return {
+        "task": task_of(found),
+        "split": found.split,
+        "sha256": found.sha256,
+        "metrics": result.metrics,
+        "chance": result.chance,
+        "protocol": result.protocol,
+    }
+
+
+def models_in(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """weights ("teacher", ...) -> what a file says of that model: its checkpoint, tasks, benchmarks."""
+    if "models" in content:
+        return dict(content["models"])
+    return {content["checkpoint"]["weights"]: content}
 
 
 def to_json(record: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader
@@ -23,5 +24,7 @@ def reader_of(name: str) -> Reader:
 
 
 def open_set(name: str, root: Path) -> EvalSet:
-    """The set that a folder holds. UserError: no such set, another layout."""
-    return reader_of(name).open(root)
+    """The set that a folder holds, under the name given: a reader's ("wds"), or that with a word of one's own behind a
+    colon ("wds:birds"), so that a reader can serve several folders. UserError: no such set, another layout."""
+    found = reader_of(name.partition(":")[0]).open(root)
+    return replace(found, name=name) if ":" in name else found

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -66,6 +66,12 @@ class SegmentationSet(EvalSet):
     protocol: SegmentationProtocol
 
 
+def task_of(found: EvalSet) -> str:
+    """Which of tasks.TASKS its questions are."""
+    kinds = {RetrievalSet: "retrieval", ClassificationSet: "classification", SegmentationSet: "segmentation"}
+    return kinds[type(found)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """How a set is known on the command line.
@@ -90,3 +96,43 @@ def digest(keys: Iterable[str], answers: Iterable[str]) -> str:
             data = text.encode()
             total.update(len(data).to_bytes(8, "little") + data)
     return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class SomeImages:
+    """Some of a set's images, by their numbers there."""
+
+    images: Images
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def key(self, number: int) -> str:
+        return self.images.key(self.numbers[number])
+
+    def image(self, number: int) -> Image.Image:
+        return self.images.image(self.numbers[number])
+
+
+def part_of(found: EvalSet, count: int | None) -> EvalSet:
+    """So many of a set's images with their answers, evenly spread (sets are often sorted by class); another digest.
+
+    None, or as many as there are: the set itself.
+    """
+    whole = len(found.images)
+    if count is None or count >= whole:
+        return found
+    numbers = tuple(place * whole // count for place in range(count))
+    changed: dict[str, Any] = {
+        "images": SomeImages(found.images, numbers),
+        "sha256": hashlib.sha256(f"{found.sha256} {count}".encode()).hexdigest(),
+    }
+    if isinstance(found, RetrievalSet):
+        changed["captions"] = tuple(found.captions[number] for number in numbers)
+    elif isinstance(found, ClassificationSet):
+        changed["labels"] = tuple(found.labels[number] for number in numbers)
+    elif isinstance(found, SegmentationSet):
+        truth = found.truth
+        changed["truth"] = lambda number: truth(numbers[number])
+    return replace(found, **changed)
