@@ -66,6 +66,9 @@ class SampleFault(Exception):
         self.cause = cause
         self.detail = detail
 
+    def __str__(self) -> str:
+        return self.cause + (f": {self.detail}" if self.detail else "")
+
 
 def stop_where_out_of_reach(fault: SampleFault, where: str) -> None:
     """UserError for a remote shard out of reach: no fault of the sample, and results without it would be others."""

@@ -6,11 +6,17 @@ import difflib
 from dataclasses import replace
 from pathlib import Path
 
+from cosmos_fast.evaluate.datasets import captions, coco, flickr30k, wds
 from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader
 from cosmos_fast.utils.errors import UserError
 
 # READERS of each module, in the order of tables.
-_MODULES: tuple[tuple[Reader, ...], ...] = ()
+_MODULES: tuple[tuple[Reader, ...], ...] = (
+    coco.READERS,
+    flickr30k.READERS,
+    captions.READERS,
+    wds.READERS,
+)
 READERS: dict[str, Reader] = {reader.name: reader for readers in _MODULES for reader in readers}
 
 

@@ -1,0 +1,83 @@
+"""Any folder of images with captions: a list of them, texts beside the images, or webdataset shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cosmos_fast.data.index import IMAGE_EXTENSIONS
+from cosmos_fast.evaluate.datasets import wds
+from cosmos_fast.evaluate.datasets.caption_lists import Pairs, read_table
+from cosmos_fast.evaluate.datasets.layout import read_text
+from cosmos_fast.evaluate.datasets.pairs import file_pairs
+from cosmos_fast.evaluate.datasets.sets import Reader, RetrievalSet
+from cosmos_fast.utils.errors import UserError
+
+_NAME = "captions"
+_LISTS = tuple(f"{stem}.{kind}" for stem in ("captions", "metadata") for kind in ("json", "jsonl", "csv", "tsv"))
+_LAYOUT = """\
+ROOT/captions.json      {"a/1.jpg": ["a caption", ...], ...} or [{"image": "a/1.jpg", "captions": [...]}, ...]
+  or captions.jsonl     {"image": "a/1.jpg", "caption": "a caption"} a line
+  or captions.csv, .tsv image,caption in the head, a caption a row (or metadata.* with file_name and text)
+  or ROOT/a/1.txt       beside ROOT/a/1.jpg, a caption a line; in any folder below ROOT
+  or ROOT/*.tar         webdataset shards: 1.jpg and 1.txt, a caption a line
+Images are .jpg, .jpeg, .png or .webp; paths in lists are below ROOT. The first of these that is there is read.
+"""
+
+
+def open_captions(root: Path) -> RetrievalSet:
+    """UserError: see `file_pairs`; an image that has no text beside it, a text that has no image."""
+    if not root.is_dir():
+        raise UserError(f"{_NAME}: {root} is no folder: give the folder that holds the images and their captions")
+    listing = next((root / choice for choice in _LISTS if (root / choice).is_file()), None)
+    if listing is not None:
+        return file_pairs(_NAME, listing.name, listing, root, read_table(_NAME, listing))
+    if wds.is_one(root) or any(root.glob("*.tar")):
+        return wds.open_retrieval(root, _NAME)
+    return file_pairs(_NAME, "folder", root, root, _beside(root))
+
+
+def _beside(root: Path) -> Pairs:
+    """Every image below a folder with the lines of the text of the same name, by path."""
+    images: dict[str, str] = {}  # path without extension -> path
+    texts: set[str] = set()
+    for folder, _, files in os.walk(root, followlinks=True):
+        for file in files:
+            path = (Path(folder) / file).relative_to(root)
+            stem, extension = str(path.with_suffix("").as_posix()), path.suffix.lower().removeprefix(".")
+            if extension == "txt":
+                texts.add(stem)
+            elif extension in IMAGE_EXTENSIONS:
+                if stem in images:
+                    raise UserError(f"{_NAME}: {root}: {images[stem]} and {path} share one text: rename one of them")
+                images[stem] = path.as_posix()
+    if not images:
+        raise UserError(
+            f"{_NAME}: {root / 'captions.json'} is missing, and there is no image in {root}: `cosmos-fast eval sets "
+            f"{_NAME}` prints the layouts that are read"
+        )
+    stray = min(texts - images.keys(), default=None)
+    if stray is not None:
+        raise UserError(f"{_NAME}: {root / stray}.txt has no image beside it: add the image, or take the text away")
+    bare = min(images.keys() - texts, default=None)
+    if bare is not None:
+        raise UserError(
+            f"{_NAME}: {root / images[bare]} has no caption: {root / bare}.txt is missing "
+            f"({len(images.keys() - texts)} of {len(images)} are)"
+        )
+    return [(images[stem], _lines(root / f"{stem}.txt")) for stem in sorted(images)]
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in read_text(_NAME, path).splitlines() if line.strip()]
+
+
+READERS = (
+    Reader(
+        name=_NAME,
+        task="retrieval",
+        title="any folder of images with captions",
+        layout=_LAYOUT,
+        open=open_captions,
+    ),
+)
