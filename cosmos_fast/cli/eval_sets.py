@@ -18,8 +18,9 @@ def command(name: str | None) -> None:
 
     if name is None:
         width = max((len(known) for known in READERS), default=0)
+        task_width = max((len(reader.task) for reader in READERS.values()), default=0)
         for reader in READERS.values():
-            click.echo(f"{reader.name:{width}}  {reader.task:14}  {reader.title}")
+            click.echo(f"{reader.name:{width}}  {reader.task:{task_width}}  {reader.title}")
         return
     reader = reader_of(name)
     click.echo(f"{reader.name}: {reader.title} ({reader.task})\n")
