@@ -21,8 +21,9 @@ from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.datasets.sets import EvalSet, part_of
 from cosmos_fast.evaluate.division import Division
 from cosmos_fast.evaluate.encoder import InBf16
-from cosmos_fast.evaluate.published import Settings, evaluate_set, texts_of
+from cosmos_fast.evaluate.published import evaluate_set, texts_of
 from cosmos_fast.evaluate.scenes import SceneSet
+from cosmos_fast.evaluate.set_runs import Settings
 from cosmos_fast.evaluate.tasks import TaskResult
 from cosmos_fast.model.checkpoints import WeightsOf, find_weights_file, load_checkpoint, weights_in
 from cosmos_fast.model.cosmos import CosmosModel

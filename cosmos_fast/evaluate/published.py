@@ -6,42 +6,20 @@ bits. Axis legend: N images, M captions, C classes, D embed.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate import chance
 from cosmos_fast.evaluate.classification import classification_metrics
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, EvalSet, RetrievalSet, SegmentationSet
 from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.encoder import Model
 from cosmos_fast.evaluate.feeding import encode_blocks, reader_threads
-from cosmos_fast.evaluate.prompts import ClassSet, class_features, encode_texts
+from cosmos_fast.evaluate.prompts import class_features, encode_texts
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
-from cosmos_fast.evaluate.tasks import BATCH_SIZE, TaskResult
+from cosmos_fast.evaluate.set_runs import DEFAULT, Settings, check_finite, class_protocol, counted_tokenizer
+from cosmos_fast.evaluate.tasks import TaskResult
 from cosmos_fast.utils.errors import UserError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a set is run on a model, on every rank alike.
-
-    batch_size: images a forward, which decides the last bits of features. precision: of the model's products, for the
-    record. on_image: called once an image of this rank. on_text: called with so many texts, once a batch.
-    """
-
-    batch_size: int = BATCH_SIZE
-    precision: str = "fp32"
-    on_image: Callable[[], object] = lambda: None
-    on_text: Callable[[int], object] = lambda count: None
-
-
-DEFAULT = Settings()
 
 
 def evaluate_set(model: Model, found: EvalSet, settings: Settings = DEFAULT, division: Division = ALONE) -> TaskResult:
@@ -76,25 +54,6 @@ def image_features(model: Model, found: EvalSet, settings: Settings, division: D
     return check_finite(division.cat(own))
 
 
-def check_finite(features: Tensor) -> Tensor:
-    """The same. UserError where a number is NaN or infinite."""
-    if not features.isfinite().all():
-        raise UserError(
-            "the model's features hold NaN or infinite values: its weights are unusable, take another checkpoint"
-        )
-    return features
-
-
-def counted_tokenizer(model: Model, settings: Settings) -> Callable[[list[str]], Tensor]:
-    """The tokenizer at the model's context length; settings.on_text hears of every batch of texts."""
-
-    def tokens_of(texts: list[str]) -> Tensor:
-        settings.on_text(len(texts))
-        return tokenize(texts, model.config.text.context_length)
-
-    return tokens_of
-
-
 def evaluate_retrieval_set(
     model: Model, found: RetrievalSet, settings: Settings = DEFAULT, division: Division = ALONE
 ) -> TaskResult:
@@ -123,22 +82,6 @@ def evaluate_classification_set(
         chance.classification_chance(classes) | {"mean_per_class": 100.0 / classes},
         class_protocol(found.classes),
     )
-
-
-def class_protocol(classes: ClassSet) -> dict[str, Any]:
-    """What class texts were made of, with a digest by which two lists of classes can be told apart."""
-    prompts = [prompt for wordings in classes.prompts for wording in wordings for prompt in wording]
-    return {
-        "classes": len(classes.classes),
-        "class_set": classes.name,
-        "prompts": len(prompts),
-        "prompts_sha256": _digest(prompts),
-        "ensemble": "normalise each prompt, mean over wordings and templates, normalise",
-    }
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 def texts_of(found: EvalSet) -> int:
