@@ -4,33 +4,53 @@ Axis legend: B windows, P patches, D embed, S synonyms, C classes, H, W pixels.
 
 Protocol, as COSMOS evaluates it: patch tokens after `ln_post` and `proj`, cosine with the text feature of each synonym;
 a window of the training size slides with stride half of it over the image (short side 1.5 windows); the map of each
-window is enlarged bilinearly, overlaps are averaged, the whole is resized to the image, multiplied by 40, softmax over
-all synonyms, maximum over the synonyms of a class, argmax. Without a probability threshold the last four steps pick the
-class of the synonym with the largest cosine, because the softmax keeps the order and its denominator is common to a
-pixel: so it is not formed.
+window is enlarged bilinearly, overlaps are averaged, the whole is resized to the image and becomes classes as
+`class_maps` says.
+
+Memory: patch cosines wait on the patch grid, and only one image at a time is enlarged, so that it does not grow with
+the images that share a batch.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cosmos_fast.evaluate.class_maps import enlarge, label_map
 from cosmos_fast.evaluate.encoder import Encoder
+from cosmos_fast.evaluate.pamr import refine
 
 IGNORE = 255
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationProtocol:
-    """Fixed numbers of the protocol. `short_side` is in windows: 336 px for a window of 224 px in the paper."""
+    """Fixed numbers of the protocol.
+
+    Lengths are in windows, the image size of the model: of 224 px in the paper, where `short_side` is 336 px (1.5).
+    short_side, long_side: an image is resized to the first, or less where its long side would pass the second, but
+    never below a window. interpolation: of that, "bicubic" or "bilinear" (without antialiasing). stride: of windows.
+    batch_size: windows a forward of the model. csa: correlative attention in the last block, where `segment` is not
+    told. scale, prob_threshold, area_threshold: see `class_maps`. pamr_steps, pamr_dilations: see `pamr`; 0 is off.
+    """
 
     short_side: float = 1.5
+    long_side: float = math.inf
+    interpolation: str = "bicubic"
     stride: float = 0.5
     batch_size: int = 256
+    csa: bool = True
+    scale: float = 40.0
+    prob_threshold: float = 0.0
+    area_threshold: float = 0.0
+    pamr_steps: int = 0
+    pamr_dilations: tuple[int, ...] = (8, 16)
 
 
 def confusion_matrix(predicted: Tensor, target: Tensor, classes: int, ignore: int = IGNORE) -> Tensor:
@@ -59,59 +79,55 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
     return [min(index * stride, length - window) for index in range(steps)]
 
 
-def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Shape with the short side `short_side` and the aspect kept, never below it after rounding."""
+def resized_shape(height: int, width: int, short_side: int, long_side: float = math.inf) -> tuple[int, int]:
+    """Shape with the short side `short_side` and the aspect kept, never below it after rounding.
+
+    Where the long side would pass `long_side` that decides, and the short side gets smaller.
+    """
     factor = short_side / min(height, width)
+    if factor * max(height, width) > long_side:
+        factor, short_side = long_side / max(height, width), 1
     return max(short_side, round(height * factor)), max(short_side, round(width * factor))
+
+
+def input_shape(height: int, width: int, window: int, protocol: SegmentationProtocol) -> tuple[int, int]:
+    """The shape in pixels that an image is resized to for a model of this window."""
+    shape = resized_shape(height, width, round(protocol.short_side * window), protocol.long_side * window)
+    return shape if min(shape) >= window else resized_shape(height, width, window)
 
 
 @dataclass(frozen=True)
 class _Window:
-    image: int
     top: int
     left: int
     pixels_3HW: Tensor
 
 
-def _windows(image: int, pixels_3HW: Tensor, size: int, stride: int) -> Iterator[_Window]:
+def _windows(pixels_3HW: Tensor, size: int, stride: int) -> Iterator[_Window]:
     for top in window_starts(pixels_3HW.shape[1], size, stride):
         for left in window_starts(pixels_3HW.shape[2], size, stride):
-            yield _Window(image, top, left, pixels_3HW[:, top : top + size, left : left + size])
+            yield _Window(top, left, pixels_3HW[:, top : top + size, left : left + size])
 
 
 @dataclass
-class _Canvas:
-    """Sum of the window maps of one image, and how many windows covered each pixel.
+class _Pending:
+    """An image whose windows are not all through the model: what they said so far, on the patch grid."""
 
-    Synonyms stand last in memory: interpolation and the final maximum are 2 and 5 times as fast that way on a CPU.
-    """
-
-    sum_HWS: Tensor
-    count_HW1: Tensor
+    shape_HW: tuple[int, int]
     missing: int
+    found: list[tuple[int, int, Tensor]] = field(default_factory=list)
 
-    @classmethod
-    def blank(cls, shape_3HW: torch.Size, synonyms: int, windows: int, device: torch.device) -> _Canvas:
-        _, height, width = shape_3HW
-        sums, counts = (torch.zeros(height, width, depth, device=device) for depth in (synonyms, 1))
-        return cls(sums, counts, windows)
+    def mean(self, window: int) -> Tensor:
+        """Cosines [h, w, S] of the whole image: every window enlarged, overlaps averaged.
 
-    def add(self, top: int, left: int, size: int, cosine_hwS: Tensor) -> None:
-        """Enlarge the grid of one window, here and not in its batch, so that memory does not grow with the batch."""
-        self.sum_HWS[top : top + size, left : left + size] += enlarge(cosine_hwS, (size, size))
-        self.count_HW1[top : top + size, left : left + size] += 1
-        self.missing -= 1
-
-    def mean(self) -> Tensor:
-        return self.sum_HWS.div_(self.count_HW1)
-
-
-def enlarge(map_hwS: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Bilinear resize of [h, w, S] to [*shape, S]."""
-    # Permuting after [None] keeps the strides of a channels-last batch, without which torch copies in and out.
-    channels_last = map_hwS[None].permute(0, 3, 1, 2)
-    large = functional.interpolate(channels_last, size=shape, mode="bilinear", align_corners=False)
-    return large.permute(0, 2, 3, 1)[0]
+        Synonyms stand last in memory: interpolation and the final maximum are 2 and 5 times as fast so on a CPU.
+        """
+        first = self.found[0][2]
+        sum_HWS, count_HW1 = (first.new_zeros(*self.shape_HW, depth) for depth in (first.shape[-1], 1))
+        for top, left, cosine_hwS in self.found:
+            sum_HWS[top : top + window, left : left + window] += enlarge(cosine_hwS, (window, window))
+            count_HW1[top : top + window, left : left + window] += 1
+        return sum_HWS.div_(count_HW1)
 
 
 @torch.no_grad()
@@ -130,30 +146,29 @@ def sliding_cosines(
     """
     stride = max(1, round(window * protocol.stride))
     device = next(model.parameters()).device
-    canvases: dict[int, _Canvas] = {}
-    waiting: list[_Window] = []
-    next_image = 0
+    pending: deque[_Pending] = deque()
+    waiting: list[tuple[_Pending, _Window]] = []
 
     def flush() -> None:
-        pixels_B3HW = torch.stack([part.pixels_3HW for part in waiting]).to(device)
-        for part, cosine_hwS in zip(waiting, dense_cosines(model, pixels_B3HW, text_SD, csa=csa), strict=True):
-            canvases[part.image].add(part.top, part.left, window, cosine_hwS)
+        pixels_B3HW = torch.stack([part.pixels_3HW for _, part in waiting]).to(device)
+        for (image, part), cosine_hwS in zip(waiting, dense_cosines(model, pixels_B3HW, text_SD, csa=csa), strict=True):
+            image.found.append((part.top, part.left, cosine_hwS))
+            image.missing -= 1
         waiting.clear()
 
-    for index, pixels_3HW in enumerate(images):
-        parts = list(_windows(index, pixels_3HW, window, stride))
-        canvases[index] = _Canvas.blank(pixels_3HW.shape, len(text_SD), len(parts), device)
+    for pixels_3HW in images:
+        parts = list(_windows(pixels_3HW, window, stride))
+        pending.append(_Pending((pixels_3HW.shape[1], pixels_3HW.shape[2]), len(parts)))
         for part in parts:
-            waiting.append(part)
+            waiting.append((pending[-1], part))
             if len(waiting) == protocol.batch_size:
                 flush()
-        while next_image in canvases and canvases[next_image].missing == 0:
-            yield canvases.pop(next_image).mean()
-            next_image += 1
+        while pending and not pending[0].missing:
+            yield pending.popleft().mean(window)
     if waiting:
         flush()
-    for index in sorted(canvases):
-        yield canvases[index].mean()
+    while pending:
+        yield pending.popleft().mean(window)
 
 
 @torch.no_grad()
@@ -182,38 +197,20 @@ def segment(
         text_SD: a feature a wording, from `prompts.synonym_features`.
         class_sets: int64 [S] each, the class of every wording in that set; -1 where the set does not use it.
     """
-    runs = [_runs(class_S) for class_S in class_sets]
-    shapes: list[tuple[int, int]] = []
+    device = next(model.parameters()).device
+    sets = [class_S.to(device) for class_S in class_sets]
+    seen: deque[tuple[Tensor | None, tuple[int, int]]] = deque()
 
     def pixels() -> Iterator[Tensor]:
         for pixels_3HW, shape in images:
-            shapes.append(shape)
+            seen.append((pixels_3HW if protocol.pamr_steps else None, shape))
             yield pixels_3HW
 
-    maps = sliding_cosines(model, pixels(), text_SD, window=window, csa=csa, protocol=protocol)
-    for index, cosine_HWS in enumerate(maps):
-        large_HWS = enlarge(cosine_HWS, shapes[index])
-        yield tuple(_labels(large_HWS, *pair).cpu() for pair in zip(class_sets, runs, strict=True))
+    for cosine_HWS in sliding_cosines(model, pixels(), text_SD, window=window, csa=csa, protocol=protocol):
+        pixels_3HW, shape = seen.popleft()
+        if pixels_3HW is not None:
+            cosine_HWS = refine(
+                enlarge(cosine_HWS, shape), pixels_3HW.to(device), protocol.pamr_steps, protocol.pamr_dilations
+            )
+        yield tuple(label_map(cosine_HWS, class_S, shape, protocol).cpu() for class_S in sets)
         on_done()
-
-
-def _runs(class_S: Tensor) -> list[tuple[int, int]]:
-    """Ranges of neighbouring wordings that a class set uses: their maps are views, those of a list would be copies."""
-    edges = torch.diff((class_S >= 0).int().cpu(), prepend=torch.zeros(1), append=torch.zeros(1))
-    starts, stops = ((edges == sign).nonzero().squeeze(1).tolist() for sign in (1, -1))
-    return list(zip(starts, stops, strict=True))
-
-
-def _labels(cosine_HWS: Tensor, class_S: Tensor, runs: list[tuple[int, int]]) -> Tensor:
-    """The class of the nearest wording of every pixel, uint8 [h, w]."""
-    nearest_HW, labels_HW = None, None
-    for start, stop in runs:
-        best = cosine_HWS[..., start:stop].max(dim=-1)
-        found_HW = class_S[start:stop].to(torch.uint8)[best.indices]
-        if nearest_HW is None or labels_HW is None:
-            nearest_HW, labels_HW = best.values, found_HW
-        else:
-            labels_HW = torch.where(best.values > nearest_HW, found_HW, labels_HW)
-            nearest_HW = torch.maximum(nearest_HW, best.values)
-    assert labels_HW is not None, "a class set without wordings"
-    return labels_HW
