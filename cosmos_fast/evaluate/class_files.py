@@ -8,6 +8,7 @@ set's.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def read_classes(path: Path, standard: ClassSet) -> ClassSet:
         )
     named = dict(zip(map(str, range(len(wordings))), wordings, strict=True))
     filled = fill_templates(path.name, named, templates or standard.templates or _PLAIN_TEMPLATE)
+    return replace(filled, classes=tuple(synonyms[0] for synonyms in wordings))
+
+
+def listed_classes(path: Path, templates: Sequence[str]) -> ClassSet:
+    """The classes of a file, as many as it lists; `templates` where it has none. UserError: no list of classes."""
+    wordings, own = _parse(path, read_text("--classes", path))
+    if not wordings:
+        raise UserError(f"--classes {path} lists no classes: give {_FORMS}")
+    filled = fill_templates(
+        path.name, dict(zip(map(str, range(len(wordings))), wordings, strict=True)), own or templates
+    )
     return replace(filled, classes=tuple(synonyms[0] for synonyms in wordings))
 
 
