@@ -9,6 +9,7 @@ import click
 
 from cosmos_fast.cli import eval_compare, eval_report, eval_sets
 from cosmos_fast.cli.eval_shown import TAKES_REMOTE, TASKS, pick_device, remote_settings
+from cosmos_fast.cli.named_paths import named_paths
 from cosmos_fast.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,19 +27,6 @@ def _tasks(_: click.Context, __: click.Parameter, value: str) -> tuple[str, ...]
     if unknown or not names:
         raise click.BadParameter(f"{value!r}: give some of {','.join(TASKS)}")
     return names
-
-
-def named_paths(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, Path]:
-    """NAME=PATH, each name once."""
-    found: dict[str, Path] = {}
-    for text in values:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise click.BadParameter(f"{text!r} is not of the form NAME=PATH; `cosmos-fast eval sets` lists the names")
-        if name in found:
-            raise click.BadParameter(f"{name} is given twice: name one of them {name}:other")
-        found[name] = Path(path).expanduser()
-    return found
 
 
 def _batch_size(_: click.Context, __: click.Parameter, value: str) -> int | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cosmos_fast.cli import batch_size, profiling
+from cosmos_fast.cli.named_paths import named_paths
 from cosmos_fast.cli.start_up import check_command, check_data, watch_hooks
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.recipes import RECIPES, get_recipe
@@ -32,6 +34,13 @@ _log = get_logger("cosmos_fast.cli.train")  # also where a launcher calls this m
 @click.option("--config", "config_file", metavar="FILE", help="A YAML file, such as the config.yaml of a run.")
 @click.option(
     "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a key (value in YAML); repeatable."
+)
+@click.option(
+    "--during-training",
+    metavar="NAME=PATH",
+    multiple=True,
+    callback=named_paths,
+    help="Evaluate on this published set every run.evaluate_every_steps; repeatable, `eval sets` lists them.",
 )
 @click.option(
     "--resume",
@@ -59,6 +68,7 @@ def command(
     recipe: str | None,
     config_file: str | None,
     overrides: tuple[str, ...],
+    during_training: dict[str, Path],
     resume: str | None,
     overwrite: bool,
     profile: bool,
@@ -90,7 +100,8 @@ def command(
 
     place = place_of_environment()
     setup_logging(place.rank, place.world_size)
-    config = resolve_config(recipe, config_file, overrides)
+    benchmarks = (f"evaluate.benchmarks.{name}={path}" for name, path in during_training.items())
+    config = resolve_config(recipe, config_file, (*overrides, *benchmarks))
     if dry_run:
         refuse_several_ranks(place)
     if profile or profile_steps is not None:
@@ -192,8 +203,9 @@ def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device, ranks:
 
 
 def make_validators(config: TrainConfig, ranks: Ranks) -> Sequence[Validator]:
-    """Held-out retrieval during training, where evaluate.data is set; divided over the ranks, which all call this."""
-    if not config.evaluate.data:
+    """Evaluation during training, where evaluate.data or evaluate.benchmarks is set; divided over the ranks, which all
+    call this."""
+    if not config.evaluate.data and not config.evaluate.benchmarks:
         return []
     from cosmos_fast.evaluate.division import Division
     from cosmos_fast.evaluate.validators import build_validators

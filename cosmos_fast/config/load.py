@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 # Places that hold sources and take a bare path, or a list of paths, as a shorthand.
 _SOURCE_LISTS = (("data", "train"), ("evaluate", "data"))
-# Sections of another program's keys, at any depth; the configuration itself checks their names.
-_FOREIGN = ("deepspeed",)
+# What holds keys that are not known here: another program's, at any depth, and names of evaluation sets.
+_FOREIGN, _NAMED = ("deepspeed.",), ("evaluate.benchmarks.",)
 
 
 def load_config(source: TrainConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -103,8 +103,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override!r} is not of the form key=value")
     *sections, last = key.split(".")
-    if sections and sections[0] in _FOREIGN:
-        _set_below(tree, sections, last, _yaml_value(text), override)
+    if key.startswith((*_FOREIGN, *_NAMED)):
+        _set_below(tree, sections, last, text if key.startswith(_NAMED) else _yaml_value(text), override)
         return
     node, cls = tree, TrainConfig
     for section in sections:

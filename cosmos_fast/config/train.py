@@ -137,13 +137,15 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Held-out retrieval during training.
+    """Evaluation during training.
 
-    data: sources to evaluate on, None evaluates nothing. batch_size: samples a forward. max_samples: evaluate the first
-    so many only.
+    data: sources for retrieval on held-out shards, None for none. benchmarks: names of published sets, as
+    `cosmos-fast eval sets` lists them, and their folders. batch_size: samples a forward. max_samples: evaluate the
+    first so many only; of a published set so many that are spread over it.
     """
 
     data: tuple[SourceConfig, ...] | None = None
+    benchmarks: dict[str, str] = field(default_factory=dict)
     batch_size: int = 64
     max_samples: int | None = None
 

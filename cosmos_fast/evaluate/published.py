@@ -27,7 +27,7 @@ def evaluate_set(model: Model, found: EvalSet, settings: Settings = DEFAULT, div
 
     UserError: a broken image, on any rank; features that are not finite.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         if isinstance(found, RetrievalSet):
             result = evaluate_retrieval_set(model, found, settings, division)
         elif isinstance(found, ClassificationSet):

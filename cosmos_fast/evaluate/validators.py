@@ -1,4 +1,4 @@
-"""Held-out retrieval during training: what the trainer calls every run.evaluate_every_steps."""
+"""Evaluation during training: what the trainer calls every run.evaluate_every_steps."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cosmos_fast.data.storage import Storage
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.chance import retrieval_chance
 from cosmos_fast.evaluate.division import ALONE, Division
+from cosmos_fast.evaluate.during_training import BenchmarkValidator
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
 from cosmos_fast.evaluate.scenes import Scene, SceneSet
 
@@ -23,14 +24,14 @@ KEPT = ("r1", "r5", "r10", "median_rank")
 
 
 def build_validators(config: TrainConfig, division: Division = ALONE) -> list[Validator]:
-    """Validators for a run: held-out retrieval if evaluate.data names shards, else none; called by every rank.
+    """Validators for a run: held-out retrieval if evaluate.data names shards, published sets if evaluate.benchmarks
+    does; called by every rank.
 
-    The shards are read here, remote ones as `data.remote` says, so that a missing or empty one stops the run before its
-    first step. UserError.
+    The shards are read here, remote ones as `data.remote` says, and the sets opened, so that a missing or empty one
+    stops the run before its first step. UserError.
     """
-    if not config.evaluate.data:
-        return []
-    return [RetrievalValidator(config, division)]
+    validators: list[Validator] = [BenchmarkValidator(config, division)] if config.evaluate.benchmarks else []
+    return [RetrievalValidator(config, division), *validators] if config.evaluate.data else validators
 
 
 class RetrievalValidator:

@@ -1,0 +1,47 @@
+"""Published sets during training: what the trainer calls every run.evaluate_every_steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from cosmos_fast.config.train import TrainConfig
+from cosmos_fast.evaluate.datasets.registry import open_set
+from cosmos_fast.evaluate.datasets.sets import part_of, task_of
+from cosmos_fast.evaluate.division import ALONE, Division
+from cosmos_fast.evaluate.published import evaluate_set
+from cosmos_fast.evaluate.set_runs import Settings
+from cosmos_fast.evaluate.tables import HEADLINES
+from cosmos_fast.utils.errors import UserError
+
+
+class BenchmarkValidator:
+    """Callable (step, student, teacher) -> `student_coco_i2t_r1`, ..., `teacher_imagenet_top1`, `chance_coco_...`.
+
+    Every rank calls it, and gets the numbers of one process, those of `eval run` with the same batch size. The sets of
+    evaluate.benchmarks are opened, called by every rank, when it is made: UserError. Images are read at every call.
+    """
+
+    def __init__(self, config: TrainConfig, division: Division = ALONE) -> None:
+        asked = config.evaluate
+        self.division, self.settings = division, Settings(batch_size=asked.batch_size)
+        with division.together():
+            self.sets = {
+                name: part_of(open_set(name, Path(path).expanduser()), asked.max_samples)
+                for name, path in asked.benchmarks.items()
+            }
+        for name, found in self.sets.items():
+            if not division.ranks.all_equal(found.sha256):
+                raise UserError(f"{name}: {asked.benchmarks[name]} does not hold the same on every rank: copy it again")
+
+    def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
+        row: dict[str, float] = {}
+        for name, found in self.sets.items():
+            for of, model in (("student", student), ("teacher", teacher)):
+                result = evaluate_set(cast(Any, model), found, self.settings, self.division)
+                for key in HEADLINES[task_of(found)]:
+                    row[f"{of}_{name}_{key}"] = result.metrics[key]
+                    row[f"chance_{name}_{key}"] = result.chance[key]
+        return row
