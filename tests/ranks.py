@@ -16,6 +16,7 @@ TIMEOUT_S = 300.0  # of whatever the ranks wait for: a failure, never a measure 
 PRELOADED = [
     *("torch.distributed", "cosmos_fast.engine.trainer", "cosmos_fast.cli.train", "cosmos_fast.data.loader"),
     "torch._dynamo",  # which every optimizer imports when it is made, for seconds
+    "tests.preload",  # the last
 ]
 
 
