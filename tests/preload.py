@@ -5,6 +5,7 @@ Quietly, and for a CPU: what a rank asks for otherwise it gets as it would witho
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import os
@@ -20,3 +21,4 @@ with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, suppress(
         importlib.import_module(name)
 gc.collect()
 gc.freeze()  # a million objects that no fork looks through, as DeepSpeed has each of them do
+atexit.register(gc.unfreeze)  # of this process alone: bindings count what is left
