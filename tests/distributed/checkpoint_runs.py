@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,10 @@ def run_all(folder_name: str) -> None:
 
 
 def killed_while_writing(folder_name: str) -> None:
-    """Rank 1 ends by SIGKILL when half of its part of step 4 is on the disk."""
+    """Rank 1 ends by SIGKILL when half of its part of step 4 is on the disk.
+
+    That is what the parent is to see first, however late it looks: rank 0, which loses it, waits to be ended.
+    """
     folder = Path(folder_name)
     real = checkpoint.save_file
 
@@ -140,6 +144,10 @@ def killed_while_writing(folder_name: str) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with joined_ranks("cpu", always=True) as ranks, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", save_file)
-        trainer_of(config_of(folder, "killed", 2, "run.checkpoint_async=on"), ranks).fit()
+    try:
+        with joined_ranks("cpu", always=True) as ranks, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "save_file", save_file)
+            trainer_of(config_of(folder, "killed", 2, "run.checkpoint_async=on"), ranks).fit()
+    except UserError:
+        time.sleep(WAIT_S)
+        raise

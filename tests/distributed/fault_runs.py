@@ -20,6 +20,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.multiprocessing.spawn import ProcessContext
 
 from cosmos_fast.cli.main import run
 from cosmos_fast.cli.train import command
@@ -97,6 +98,8 @@ def _agent(launch: Launch) -> None:
     for stream in (1, 2):  # what the agent says of its failed ranks
         os.dup2(os.open(launch.folder / "agent.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(launch.shutdown_s)
+    wait = ProcessContext._join_procs_with_timeout  # by itself half a minute where ranks are functions
+    ProcessContext._join_procs_with_timeout = lambda ranks, limit_s: wait(ranks, min(limit_s, launch.shutdown_s))  # type: ignore[method-assign]
     logs = launch.folder / f"logs{len(list(launch.folder.glob('logs*')))}"
     config = LaunchConfig(
         *(1, 1, WORLD),

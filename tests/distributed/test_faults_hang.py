@@ -55,12 +55,18 @@ def _hang(**_: Any) -> None:
     threading.Event().wait()
 
 
+def _is_waiting() -> bool:
+    """Whether the main thread has come to the innermost line of its wait, where it is to be found."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return frame.f_code is threading.Condition.wait.__code__ and frame.f_locals.get("gotit") is False
+
+
 def time_passes_where_it_hangs(launch: Launch, life: int) -> None:
     """Watchdogs look often, and count time on a rank that hangs only: they wait for one that is slow."""
 
     def tick(dog: Watchdog) -> float:
         dog._wake.wait(0.02)
-        return 1e6 if HANGS.is_set() else 0.0
+        return 1e6 if HANGS.is_set() and _is_waiting() else 0.0
 
     HANGS.clear()
     watchdog.TICK_S, watchdog.GRACE_S = 0.02, DEADLINE_S
@@ -119,11 +125,11 @@ def stop_for_good(trainer: Trainer, launch: Launch) -> None:
 
 
 def time_passes_beside_a_stopped_rank(launch: Launch, life: int) -> None:
-    """On rank 0, in the first life, as soon as rank 1 has stopped."""
+    """On rank 0, in the first life, as soon as rank 1 has stopped and rank 0 is in the same step."""
 
     def tick(dog: Watchdog) -> float:
         dog._wake.wait(0.02)
-        passes = life == 0 and dog._rank == 0 and (launch.folder / "stopped").exists()
+        passes = life == 0 and dog._rank == 0 and (launch.folder / "stopped").exists() and 5 in begun(launch.folder)
         return 1e6 if passes else 0.0
 
     watchdog.TICK_S, watchdog.GRACE_S = 0.02, 3.0
