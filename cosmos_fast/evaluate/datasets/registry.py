@@ -6,7 +6,7 @@ import difflib
 from dataclasses import replace
 from pathlib import Path
 
-from cosmos_fast.evaluate.datasets import captions, coco, flickr30k, wds
+from cosmos_fast.evaluate.datasets import captions, cifar, class_folders, class_lists, coco, flickr30k, imagenet, wds
 from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader
 from cosmos_fast.utils.errors import UserError
 
@@ -15,6 +15,10 @@ _MODULES: tuple[tuple[Reader, ...], ...] = (
     coco.READERS,
     flickr30k.READERS,
     captions.READERS,
+    imagenet.READERS,
+    class_folders.READERS,
+    cifar.READERS,
+    class_lists.READERS,
     wds.READERS,
 )
 READERS: dict[str, Reader] = {reader.name: reader for readers in _MODULES for reader in readers}
