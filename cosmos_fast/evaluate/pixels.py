@@ -1,18 +1,33 @@
-"""Pieces of images as evaluation shows them to the model: bicubic, normalised, float32 [3, H, W]."""
+"""Pieces of images as evaluation shows them to the model: resized, normalised, float32 [3, H, W]."""
 
 from __future__ import annotations
 
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
-from cosmos_fast.data.images import to_tensor
-from cosmos_fast.evaluate.segmentation import resized_shape
+from cosmos_fast.data.images import normalize, to_pixels, to_tensor
+from cosmos_fast.evaluate.segmentation import SegmentationProtocol, input_shape, resized_shape
 
 
 def short_side_view(image: Image.Image, short_side: int) -> Tensor:
     """The whole image with its short side at `short_side` pixels."""
     height, width = resized_shape(image.height, image.width, short_side)
     return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def segmentation_view(image: Image.Image, window: int, protocol: SegmentationProtocol) -> Tensor:
+    """The whole image as a protocol resizes it for a model of this window.
+
+    Bilinear is without antialiasing, as OpenCV does it: each pixel is a mean of four, in 8 bits.
+    """
+    height, width = input_shape(image.height, image.width, window, protocol)
+    if protocol.interpolation == "bicubic":
+        return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = to_pixels(image)[None].float()
+    resized = functional.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+    return normalize(resized[0].round_().to(torch.uint8))
 
 
 def object_square(

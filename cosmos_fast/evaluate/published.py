@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.evaluate import chance
-from cosmos_fast.evaluate.classification import classification_metrics
+from cosmos_fast.evaluate.classification import classification_metrics, first_of_same
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, EvalSet, RetrievalSet, SegmentationSet
 from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.encoder import Model
 from cosmos_fast.evaluate.feeding import encode_blocks, reader_threads
 from cosmos_fast.evaluate.prompts import class_features, encode_texts
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
+from cosmos_fast.evaluate.segmented_sets import evaluate_segmentation_set
 from cosmos_fast.evaluate.set_runs import DEFAULT, Settings, check_finite, class_protocol, counted_tokenizer
 from cosmos_fast.evaluate.tasks import TaskResult
 from cosmos_fast.utils.errors import UserError
@@ -32,6 +33,8 @@ def evaluate_set(model: Model, found: EvalSet, settings: Settings = DEFAULT, div
             result = evaluate_retrieval_set(model, found, settings, division)
         elif isinstance(found, ClassificationSet):
             result = evaluate_classification_set(model, found, settings, division)
+        elif isinstance(found, SegmentationSet):
+            result = evaluate_segmentation_set(model, found, settings, division)
         else:
             raise UserError(f"{found.name}: no task is known for a {type(found).__name__}")
     common = {"images": len(found.images), "batch_size": settings.batch_size, "precision": settings.precision}
@@ -78,7 +81,7 @@ def evaluate_classification_set(
     label_N = torch.tensor(found.labels, device=image_ND.device)
     classes = len(class_CD)
     return TaskResult(
-        classification_metrics(image_ND, check_finite(class_CD), label_N),
+        classification_metrics(image_ND, check_finite(class_CD), label_N, first_of_same(found.classes)),
         chance.classification_chance(classes) | {"mean_per_class": 100.0 / classes},
         class_protocol(found.classes),
     )

@@ -25,6 +25,7 @@ from torch.nn import functional
 from cosmos_fast.evaluate.class_maps import enlarge, label_map
 from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.evaluate.pamr import refine
+from cosmos_fast.utils.errors import UserError
 
 IGNORE = 255
 
@@ -142,7 +143,8 @@ def sliding_cosines(
 ) -> Iterator[Tensor]:
     """Cosine maps float32 [h, w, S] of each image [3, h, w] (short side >= window), in order.
 
-    Windows of consecutive images share batches; an image's map is yielded as soon as its last window is in.
+    Windows of consecutive images share batches; an image's map is yielded as soon as its last window is in. UserError:
+    NaN in a feature.
     """
     stride = max(1, round(window * protocol.stride))
     device = next(model.parameters()).device
@@ -151,7 +153,12 @@ def sliding_cosines(
 
     def flush() -> None:
         pixels_B3HW = torch.stack([part.pixels_3HW for _, part in waiting]).to(device)
-        for (image, part), cosine_hwS in zip(waiting, dense_cosines(model, pixels_B3HW, text_SD, csa=csa), strict=True):
+        cosine_BhwS = dense_cosines(model, pixels_B3HW, text_SD, csa=csa)
+        if not cosine_BhwS.isfinite().all():
+            raise UserError(
+                "the features of patches hold NaN or infinite values: the weights are unusable, take another checkpoint"
+            )
+        for (image, part), cosine_hwS in zip(waiting, cosine_BhwS, strict=True):
             image.found.append((part.top, part.left, cosine_hwS))
             image.missing -= 1
         waiting.clear()
