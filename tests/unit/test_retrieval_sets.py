@@ -15,6 +15,7 @@ from tests.benchmark_folders.captions import (
     CAPTIONS,
     coco_json,
     expected,
+    write_captions,
     write_coco,
     write_flickr30k,
     write_pictures,
@@ -71,6 +72,17 @@ def test_a_list_may_repeat_an_image_and_call_its_columns_otherwise(tmp_path: Pat
     found = captions.open_captions(tmp_path)
     assert [found.images.key(number) for number in range(2)] == ["2.png", "x/1.jpg"]
     assert found.captions == (("two", "zwei"), ("one, 1",))
+
+
+def test_texts_beside_images_through_links_and_past_hidden_files(tmp_path: Path) -> None:
+    root = write_captions(tmp_path / "set")
+    (root / "d.txt").rename(root / "d.TXT")
+    (root / "b").rename(tmp_path / "elsewhere")
+    (root / "b").symlink_to(tmp_path / "elsewhere")
+    write_pictures(root, [".trash/9.jpg"])
+    (root / "a/._0.jpg").write_bytes(b"what a Mac leaves behind")
+    (root / "checksums.md5").write_text("")
+    assert captions.open_captions(root).captions == tuple(expected())
 
 
 def test_webdataset_classes_keep_their_numbers_where_names_repeat(tmp_path: Path) -> None:

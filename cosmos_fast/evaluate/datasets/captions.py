@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from cosmos_fast.data.index import IMAGE_EXTENSIONS
@@ -40,32 +41,45 @@ def open_captions(root: Path) -> RetrievalSet:
 def _beside(root: Path) -> Pairs:
     """Every image below a folder with the lines of the text of the same name, by path."""
     images: dict[str, str] = {}  # path without extension -> path
-    texts: set[str] = set()
-    for folder, _, files in os.walk(root, followlinks=True):
-        for file in files:
-            path = (Path(folder) / file).relative_to(root)
-            stem, extension = str(path.with_suffix("").as_posix()), path.suffix.lower().removeprefix(".")
-            if extension == "txt":
-                texts.add(stem)
-            elif extension in IMAGE_EXTENSIONS:
-                if stem in images:
-                    raise UserError(f"{_NAME}: {root}: {images[stem]} and {path} share one text: rename one of them")
-                images[stem] = path.as_posix()
+    texts: dict[str, str] = {}
+    for path in _files(root):
+        stem, extension = os.path.splitext(path)
+        is_text = extension.lower() == ".txt"
+        if not is_text and extension.lower().removeprefix(".") not in IMAGE_EXTENSIONS:
+            continue
+        kind = texts if is_text else images
+        if stem in kind:
+            raise UserError(f"{_NAME}: {root}: {kind[stem]} and {path} are of one name: rename one of them")
+        kind[stem] = path
     if not images:
         raise UserError(
             f"{_NAME}: {root / 'captions.json'} is missing, and there is no image in {root}: `cosmos-fast eval sets "
             f"{_NAME}` prints the layouts that are read"
         )
-    stray = min(texts - images.keys(), default=None)
+    stray = min(texts.keys() - images.keys(), default=None)
     if stray is not None:
-        raise UserError(f"{_NAME}: {root / stray}.txt has no image beside it: add the image, or take the text away")
-    bare = min(images.keys() - texts, default=None)
+        raise UserError(f"{_NAME}: {root / texts[stray]} has no image beside it: add the image, or take the text away")
+    bare = min(images.keys() - texts.keys(), default=None)
     if bare is not None:
         raise UserError(
             f"{_NAME}: {root / images[bare]} has no caption: {root / bare}.txt is missing "
-            f"({len(images.keys() - texts)} of {len(images)} are)"
+            f"({len(images.keys() - texts.keys())} of {len(images)} are)"
         )
-    return [(images[stem], _lines(root / f"{stem}.txt")) for stem in sorted(images)]
+    return [(images[stem], _lines(root / texts[stem])) for stem in sorted(images)]
+
+
+def _files(root: Path) -> Iterator[str]:
+    """Paths of the files below a folder, links followed, hidden ones left out. UserError: links that go in circles."""
+    seen: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            raise UserError(f"{_NAME}: {folder} is reached a second time through links: take the link away")
+        seen.add(place)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in files:
+            if not file.startswith("."):
+                yield Path(folder, file).relative_to(root).as_posix()
 
 
 def _lines(path: Path) -> list[str]:

@@ -17,10 +17,12 @@ from cosmos_fast.utils.errors import UserError
 _LAYOUT = """\
 ROOT/annotations/captions_val2017.json   annotations_trainval2017.zip
 ROOT/val2017/000000000139.jpg ...        val2017.zip (or ROOT/images/val2017)
+CLIP-benchmark's wds_mscoco_captions2017 is read too: `cosmos-fast eval sets wds`.
 """
 _KARPATHY_LAYOUT = """\
 ROOT/dataset_coco.json                   caption_datasets.zip; its images of split "test"
 ROOT/val2014/COCO_val2014_....jpg        val2014.zip (or ROOT/images/val2014)
+CLIP-benchmark's wds_mscoco_captions is read too: `cosmos-fast eval sets wds`.
 """
 
 
@@ -54,6 +56,8 @@ def open_coco(root: Path) -> RetrievalSet:
 def open_karpathy(root: Path) -> RetrievalSet:
     """Karpathy's 5,000 test images, which lie in val2014. UserError as `karpathy.read`."""
     name = "coco_karpathy"
+    if wds.is_one(root):
+        return wds.open_retrieval(root, name)
     path = required(name, root, "dataset_coco.json", "annotations/dataset_coco.json", "dataset.json")
     folder = required(name, root, "val2014", "images/val2014").parent  # the JSON names val2014 itself
     return file_pairs(name, "test", path, folder, karpathy.read(name, path, "test"))

@@ -23,6 +23,7 @@ ROOT/dataset_flickr30k.json              caption_datasets.zip (or flickr30k.zip:
   or ROOT/flickr30k_test_karpathy.txt    the test split as CLIP-benchmark has it: image,caption
   or ROOT/flickr_annotations_30k.csv     columns raw, split, filename
 ROOT/flickr30k-images/1007129816.jpg ... flickr30k-images.tar.gz (or ROOT/flickr30k_images, ROOT/images, ROOT/Images)
+CLIP-benchmark's wds_flickr30k is read too: `cosmos-fast eval sets wds`.
 """
 _FOLDERS = ("flickr30k-images", "flickr30k_images/flickr30k_images", "flickr30k_images", "images", "Images")
 
@@ -52,7 +53,10 @@ def _test_list(path: Path) -> Pairs:
         image, comma, rest = line.strip().partition(",")
         if not comma:
             raise UserError(f"{_NAME}: {path}: line {number} is not image,caption: give the list as it was published")
-        fields = next(csv.reader([rest]), [""])
+        try:
+            fields = next(csv.reader([rest]), [""])
+        except csv.Error:
+            fields = []
         pairs.setdefault(image, []).append(fields[0] if len(fields) == 1 else rest)
     return list(pairs.items())
 

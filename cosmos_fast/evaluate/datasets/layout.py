@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from cosmos_fast.utils.errors import UserError
 
 def required(name: str, root: Path, *choices: str) -> Path:
     """The first of some paths below a folder that is there. UserError names the first, and how to see the layout."""
-    if not root.exists():
+    if not os.path.exists(root):  # which Path.exists() does not tell of every name
         raise UserError(f"{name}: {root} does not exist: give the folder of the unpacked data set")
     for choice in choices:
-        if (root / choice).exists():
+        if os.path.exists(root / choice):
             return root / choice
     raise UserError(
         f"{name}: {root / choices[0]} is missing: `cosmos-fast eval sets {name}` prints the layout that is read"
@@ -28,7 +29,7 @@ def required(name: str, root: Path, *choices: str) -> Path:
 
 def all_there(name: str, root: Path, relative: Sequence[str]) -> None:
     """UserError names the first of many paths below a folder that is missing, and how many are."""
-    missing = [path for path in relative if not (root / path).is_file()]
+    missing = [path for path in relative if not os.path.isfile(root / path)]
     if missing:
         raise UserError(
             f"{name}: {root / missing[0]} is missing ({len(missing)} of {len(relative)} files are): the copy is not "
@@ -48,7 +49,7 @@ def read_json(name: str, path: Path) -> Any:
     """UserError where it is no JSON."""
     try:
         return json.loads(read_text(name, path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: {path} is no JSON ({error}): unpack the data set again") from None

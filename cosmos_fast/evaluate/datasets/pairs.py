@@ -33,6 +33,11 @@ def _called(wanted: type) -> str:
     return {int: "a whole number", str: "text", list: "a list"}[wanted]
 
 
+def _is_broken(text: str) -> bool:
+    """Whether it has half a surrogate pair, which JSON and names of files can carry."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def first_twice(values: Sequence[Any]) -> Any:
     """The first value that was there before; None where all differ."""
     seen: set[Any] = set()
@@ -57,7 +62,8 @@ def file_pairs(
         raise UserError(f"{name}: {listing} names the image {twice} twice: keep one of the two")
     for path in paths:
         pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        outside = pure.is_absolute() or ".." in pure.parts or not pure.parts
+        if outside or any(letter < " " for letter in path):
             raise UserError(f"{name}: {listing} names the image {path!r}: give paths below {folder}")
     return retrieval_set(name, split, listing, FileImages(name, folder, paths), [texts for _, texts in pairs])
 
@@ -65,8 +71,8 @@ def file_pairs(
 def retrieval_set(
     name: str, split: str, listing: Path, images: Images, captions: Sequence[Sequence[str]]
 ) -> RetrievalSet:
-    """The set, its captions without the blanks around them. UserError: no image, or one without a caption or with an
-    empty one."""
+    """The set, its captions without the blanks around them. UserError: no image, or one without a caption, or with one
+    that is empty or no text."""
     if not len(images):
         raise UserError(f"{name}: {listing} holds no image of {split}: give a data set with at least one")
     keys = [images.key(number) for number in range(len(images))]
@@ -76,5 +82,7 @@ def retrieval_set(
             raise UserError(f"{name}: {listing}: image {key} has no caption: add one, or take the image out")
         if not all(texts):
             raise UserError(f"{name}: {listing}: image {key} has an empty caption: fill it, or take it out")
+        if any(_is_broken(text) for text in (key, *texts)):
+            raise UserError(f"{name}: {listing}: {key!a} or a caption of it is no Unicode text: mend it")
     answers = (json.dumps(texts, ensure_ascii=False) for texts in stripped)
     return RetrievalSet(name=name, split=split, images=images, sha256=digest(keys, answers), captions=stripped)
