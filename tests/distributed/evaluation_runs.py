@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from cosmos_fast.cli.eval import run as run_command
 from cosmos_fast.config import SourceConfig, TrainConfig, load_config
 from cosmos_fast.evaluate import prompts, record, scenes
+from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.division import Division
+from cosmos_fast.evaluate.published import evaluate_set
+from cosmos_fast.evaluate.set_runs import Settings
 from cosmos_fast.evaluate.tasks import TASKS, evaluate
 from cosmos_fast.evaluate.validators import build_validators
 from cosmos_fast.model import load_checkpoint
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.ranks import Ranks, joined_ranks
+from tests.fake_sets import FAKE_READERS, FakeImages, register
 
 # Samples of a block: 12 scenes are three blocks of uneven size, or one, which leaves most ranks without work.
 BLOCKS = (5, 20)
 TEXT_BATCH = 7
+SET_BLOCKS = (2, 9)  # of seven images
 FAILS = 1  # the rank that cannot read, once
 
 
@@ -40,10 +45,40 @@ def measured(place: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     return found
 
 
+def measured_sets(place: Path, ranks: Ranks) -> dict[str, Any]:
+    """Published sets, in many blocks and in one, which leaves ranks without work; and the validator of a training."""
+    prompts.TEXT_BATCH = TEXT_BATCH
+    register()
+    model = load_checkpoint(place / "cosmos")
+    found: dict[str, Any] = {}
+    for size in SET_BLOCKS:
+        for name in FAKE_READERS:
+            one = open_set(name, place)
+            found[f"{name} {size}"] = asdict(evaluate_set(model, one, Settings(batch_size=size), Division(ranks)))
+    config = load_config(TrainConfig(name="sets"), [f"evaluate.benchmarks={{fake: {place}, things: {place}}}"])
+    (validator,) = build_validators(config, Division(ranks))
+    found["validator"] = validator(3, model, model)
+    return found
+
+
+def failure_in_a_set(place: Path, ranks: Ranks) -> str:
+    """What each rank says where one of them has a broken image."""
+    found = open_set("fake", place)
+    if ranks.rank == FAILS:
+        found = replace(found, images=FakeImages(broken=frozenset(range(len(found.images)))))
+    try:
+        evaluate_set(load_checkpoint(place / "cosmos"), found, Settings(batch_size=2), Division(ranks))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def run_all(place: Path, config: TrainConfig, out: str) -> None:
     """What one rank finds, and how it hears of another's failure."""
     with joined_ranks("cpu") as ranks:
         found = measured(place, config, ranks)
+        found["sets"] = measured_sets(place, ranks)
+        found["set failure"] = failure_in_a_set(place, ranks)
         plain = scenes.read_scene
 
         def read(*arguments: Any) -> scenes.Scene:
@@ -63,5 +98,7 @@ def run_all(place: Path, config: TrainConfig, out: str) -> None:
 def run_cli(place: Path, out: str) -> None:
     """`eval run` as a launcher starts it."""
     scenes.BLOCK = BLOCKS[0]
+    register()
     arguments = ["--checkpoint", str(place / "cosmos"), "--data", str(place / "data/heldout"), "--device", "cpu"]
-    run_command.main([*arguments, "--tasks", "retrieval", "--out", out], standalone_mode=False)
+    sets = ["--benchmark", f"fake={place}", "--batch-size", str(SET_BLOCKS[0])]
+    run_command.main([*arguments, *sets, "--tasks", "retrieval", "--out", out], standalone_mode=False)

@@ -13,8 +13,10 @@ import pytest
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
 from cosmos_fast.evaluate import prompts, scenes
+from cosmos_fast.evaluate.datasets.registry import READERS
 from cosmos_fast.utils.ranks import ONE
-from tests.distributed.evaluation_runs import BLOCKS, FAILS, measured, run_all, run_cli
+from tests.distributed.evaluation_runs import BLOCKS, FAILS, SET_BLOCKS, measured, measured_sets, run_all, run_cli
+from tests.fake_sets import FAKE_READERS
 from tests.ranks import run_ranks
 from tests.unit.test_eval_cli import tiny_config, write_run
 
@@ -72,6 +74,24 @@ def test_all_ranks_get_the_numbers_of_one_process(
             assert own[name] == expected, name
 
 
+def test_all_ranks_get_the_numbers_of_one_process_on_published_sets(
+    place: Path, found: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "TEXT_BATCH", prompts.TEXT_BATCH)  # measured_sets() changes it, and what is registered
+    for name, reader in FAKE_READERS.items():
+        monkeypatch.setitem(READERS, name, reader)
+    alone = json.loads(json.dumps(measured_sets(place, ONE)))
+    assert len(alone) == len(FAKE_READERS) * len(SET_BLOCKS) + 1
+    assert alone["things 2"]["protocol"]["images"] == 7
+    for own in found:
+        assert own["sets"] == alone
+
+
+def test_where_one_rank_has_a_broken_image_all_stop_and_say_which(found: list[dict[str, Any]]) -> None:
+    for rank, own in enumerate(found):
+        assert own["set failure"] == ("" if rank == FAILS else f"rank {FAILS}: ") + "fake: 2.jpg is broken"
+
+
 def test_where_one_rank_cannot_read_all_stop_and_say_why(found: list[dict[str, Any]]) -> None:
     for rank, own in enumerate(found):
         assert own["failure"] == ("the disk has gone" if rank == FAILS else f"rank {FAILS}: the disk has gone")
@@ -84,3 +104,6 @@ def test_the_command_writes_one_file_with_the_same_numbers(place: Path, found: l
     assert content["data"]["skipped"] == found[0]["skipped 5"]
     assert content["data"]["samples"] == 12
     assert len(content["data"]["sha256"]) == 64
+    fake = content["benchmarks"]["fake"]
+    assert fake["metrics"] == found[0]["sets"][f"fake {SET_BLOCKS[0]}"]["metrics"]
+    assert fake["protocol"] == found[0]["sets"][f"fake {SET_BLOCKS[0]}"]["protocol"]
