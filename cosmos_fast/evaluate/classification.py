@@ -5,28 +5,51 @@ Axis legend: B images, C classes, D embed. Ties count against the model, as in r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from cosmos_fast.evaluate.encoder import Encoder
+from cosmos_fast.evaluate.prompts import ClassSet
 from cosmos_fast.evaluate.retrieval import BLOCK_ELEMENTS, ranks_of_targets
 
 TOP_K = (1, 5)
 
 
-def class_ranks(image_BD: Tensor, class_CD: Tensor, label_B: Tensor) -> Tensor:
-    """Rank of each image's class among all, int64 [B], 1 = first; arguments as `top_k_accuracy`."""
+def first_of_same(classes: ClassSet) -> Tensor:
+    """int64 [C]: of each class the first one that has the same prompts. In ImageNet two names stand for two classes
+    each, whose features are equal: the first of the two is what a model can answer, as argmax does."""
+    first: dict[tuple[tuple[str, ...], ...], int] = {}
+    return torch.tensor([first.setdefault(prompts, number) for number, prompts in enumerate(classes.prompts)])
+
+
+def class_ranks(image_BD: Tensor, class_CD: Tensor, label_B: Tensor, same_C: Tensor | None = None) -> Tensor:
+    """Rank of each image's class among all, int64 [B], 1 = first; arguments as `top_k_accuracy`.
+
+    same_C: of `first_of_same`; classes of the same prompts stand one after another, in their order.
+    """
     if len(image_BD) == 0 or len(label_B) != len(image_BD):
         raise ValueError(f"{len(image_BD)} images and {len(label_B)} labels: give one label per image, at least one")
     step = max(1, BLOCK_ELEMENTS // len(class_CD))
-    return torch.cat(
-        [
-            ranks_of_targets(image_BD[start : start + step] @ class_CD.T, label_B[start : start + step])
-            for start in range(0, len(image_BD), step)
-        ]
-    )
+    ranks = []
+    for start in range(0, len(image_BD), step):
+        scores_BC = image_BD[start : start + step] @ class_CD.T
+        if same_C is not None:
+            # Equal columns of a product may differ in their last bits; taken from one, they do not.
+            scores_BC = scores_BC[:, same_C.to(scores_BC.device)]
+        ranks.append(ranks_of_targets(scores_BC, label_B[start : start + step]))
+    ranks_B = torch.cat(ranks)
+    if same_C is None:
+        return ranks_B
+    # All of a kind tie and are counted as ahead of each other: those behind a class are taken off its rank again.
+    seen: Counter[int] = Counter()
+    behind = []
+    for first in reversed(same_C.tolist()):
+        behind.append(seen[first])
+        seen[first] += 1
+    return ranks_B - torch.tensor(behind[::-1], device=ranks_B.device)[label_B]
 
 
 def top_k_accuracy(image_BD: Tensor, class_CD: Tensor, label_B: Tensor, ks: Sequence[int] = TOP_K) -> dict[str, float]:
@@ -43,9 +66,11 @@ def mean_per_class(hit_B: Tensor, label_B: Tensor) -> float:
     return 100.0 * (hits_C[shown_C] / images_C[shown_C]).mean().item()
 
 
-def classification_metrics(image_BD: Tensor, class_CD: Tensor, label_B: Tensor) -> dict[str, float]:
-    """All numbers of one set in percent: `top1`, `top5`, `mean_per_class` (of top-1); arguments as `top_k_accuracy`."""
-    ranks_B = class_ranks(image_BD, class_CD, label_B)
+def classification_metrics(
+    image_BD: Tensor, class_CD: Tensor, label_B: Tensor, same_C: Tensor | None = None
+) -> dict[str, float]:
+    """All numbers of one set in percent: `top1`, `top5`, `mean_per_class` (of top-1); arguments as `class_ranks`."""
+    ranks_B = class_ranks(image_BD, class_CD, label_B, same_C)
     metrics = {f"top{k}": 100.0 * (ranks_B <= k).double().mean().item() for k in TOP_K}
     return {**metrics, "mean_per_class": mean_per_class(ranks_B == 1, label_B)}
 

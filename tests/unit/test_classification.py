@@ -8,7 +8,13 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from cosmos_fast.evaluate.chance import classification_chance
-from cosmos_fast.evaluate.classification import classification_metrics, mean_per_class, top_k_accuracy
+from cosmos_fast.evaluate.classification import (
+    class_ranks,
+    classification_metrics,
+    first_of_same,
+    mean_per_class,
+    top_k_accuracy,
+)
 from cosmos_fast.evaluate.prompts import (
     ClassSet,
     class_features,
@@ -117,6 +123,29 @@ def test_all_numbers_of_a_set_come_from_the_same_ranks() -> None:
         **top_k_accuracy(image, text, label),
         "mean_per_class": pytest.approx(100 * sum(per_class) / len(per_class)),
     }
+
+
+def test_of_classes_with_the_same_prompts_the_first_is_what_a_model_answers() -> None:
+    prompts = (("a crane",), ("a dog",), ("a crane",), ("a crane",), ("a cat",))
+    classes = ClassSet("toy", tuple("abcde"), tuple((one,) for one in prompts))
+    same = first_of_same(classes)
+    assert same.tolist() == [0, 1, 0, 0, 4]
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(200, 7, generator=generator)
+    text = torch.randn(5, 7, generator=generator)[same]
+    text[3] *= 1.0001  # as rounding might have it: it is a crane all the same
+    label = torch.randint(0, 5, (200,), generator=generator)
+    scores = (image @ text.T)[:, same]
+    order = torch.sort(scores, dim=1, descending=True, stable=True).indices
+    expected = [order[row].tolist().index(wanted) + 1 for row, wanted in enumerate(label.tolist())]
+    assert class_ranks(image, text, label, same).tolist() == expected
+    assert classification_metrics(image, text, label, same)["top1"] == 100 * (scores.argmax(1) == label).double().mean()
+
+
+def test_features_that_collapse_do_not_hit_any_class_but_those_of_the_same_prompts() -> None:
+    classes = ClassSet("toy", ("a", "b", "c", "d"), ((("x",),), (("y",),), (("x",),), (("z",),)))
+    image, text = torch.ones(4, 2), torch.ones(4, 2)
+    assert class_ranks(image, text, torch.arange(4), first_of_same(classes)).tolist() == [3, 4, 4, 4]
 
 
 def test_chance_is_k_in_c() -> None:
