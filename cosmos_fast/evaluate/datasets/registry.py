@@ -6,7 +6,17 @@ import difflib
 from dataclasses import replace
 from pathlib import Path
 
-from cosmos_fast.evaluate.datasets import captions, cifar, class_folders, class_lists, coco, flickr30k, imagenet, wds
+from cosmos_fast.evaluate.datasets import (
+    captions,
+    cifar,
+    class_folders,
+    class_lists,
+    coco,
+    flickr30k,
+    imagenet,
+    segmentation_folders,
+    wds,
+)
 from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader
 from cosmos_fast.utils.errors import UserError
 
@@ -19,6 +29,7 @@ _MODULES: tuple[tuple[Reader, ...], ...] = (
     class_folders.READERS,
     cifar.READERS,
     class_lists.READERS,
+    segmentation_folders.READERS,
     wds.READERS,
 )
 READERS: dict[str, Reader] = {reader.name: reader for readers in _MODULES for reader in readers}
