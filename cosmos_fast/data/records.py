@@ -57,6 +57,14 @@ def parse_record(data: bytes, schema: str = "auto") -> Record:
     return Record(sentences, raw)
 
 
+def raw_captions(record: Record) -> tuple[str, ...]:
+    """`raw_caption` of DreamLIP (one string counts as one caption), else the first sentence of the record."""
+    raw = record.raw.get("raw_caption")
+    captions = [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []
+    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
+    return texts or (record.sentences[0],)
+
+
 def guess_schema(raw: dict[str, Any]) -> str:
     """ "dreamlip" when any of its fields is there, else "pixelprose" when one of its, else "dreamlip"."""
     if not any(field in raw for field in DREAMLIP_FIELDS) and any(field in raw for field in PIXELPROSE_FIELDS):

@@ -32,7 +32,7 @@ from cosmos_fast.data.faults import (
 )
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import Index, image_extension, open_source
-from cosmos_fast.data.records import Record, parse_record
+from cosmos_fast.data.records import parse_record, raw_captions
 from cosmos_fast.data.storage import Storage
 from cosmos_fast.data.transport import shown
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
@@ -212,7 +212,7 @@ def read_scene(index: Index, i: int) -> Scene:
     return Scene(
         key=index.key(i),
         image=image,
-        captions=_raw_captions(record),
+        captions=raw_captions(record),
         sentences=tuple(record.sentences),
         objects=_objects(record.raw) if mask is not None else (),
         mask_HW=mask,
@@ -229,14 +229,6 @@ def _decode_mask(data: bytes) -> np.ndarray:
             return np.array(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SampleFault(BROKEN_IMAGE, f"mask: {error}") from error
-
-
-def _raw_captions(record: Record) -> tuple[str, ...]:
-    """`raw_caption` of DreamLIP (one string counts as one caption), else the first sentence of the record."""
-    raw = record.raw.get("raw_caption")
-    captions = [raw] if isinstance(raw, str) else raw if isinstance(raw, list) else []
-    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
-    return texts or (record.sentences[0],)
 
 
 def _objects(raw: Mapping[str, Any]) -> tuple[SceneObject, ...]:

@@ -189,6 +189,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a sample without a text": (WDS, shard({"k.jpg": picture(1)}), "1.tar:k has no .txt"),
     "a sample without an image": (WDS, shard({"k.txt": b"one"}), "1.tar:k has no image"),
     "a sample with an empty text": (WDS, shard({"k.jpg": picture(1), "k.txt": b"\n"}), "image 1.tar:k has no caption"),
+    "a record without captions": (WDS, shard({"k.jpg": picture(1), "k.json": b"{}"}), "1.tar:k.json: missing or empty"),
     "a member given twice": (WDS, shard({**GOOD, "./k.txt": b"two"}), "duplicate member: 1.tar:k"),
     "a text in another encoding": (WDS, shard({"k.jpg": picture(1), "k.txt": b"\xff"}), "1.tar:k.txt cannot be read"),
     "a broken image in a shard": (

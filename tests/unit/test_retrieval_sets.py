@@ -10,6 +10,7 @@ import pytest
 from cosmos_fast.data.images import decode
 from cosmos_fast.evaluate.datasets import captions, coco, flickr30k, wds
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, RetrievalSet
+from tests import shards
 from tests.benchmark_folders.caption_layouts import LAYOUTS
 from tests.benchmark_folders.captions import (
     CAPTIONS,
@@ -96,3 +97,11 @@ def test_webdataset_classes_keep_their_numbers_where_names_repeat(tmp_path: Path
     assert wds.open_classification(tmp_path, "wds", found.classes).sha256 == before
     write_shards(tmp_path / "test", "cls", list("012011"), "webp")
     assert wds.open_wds(tmp_path).sha256 != before
+
+
+def test_shards_for_training_give_their_raw_captions(tmp_path: Path) -> None:
+    found = captions.open_captions(shards.write_shards(tmp_path))
+    assert found.captions == tuple((f"raw {number}",) for number in range(9))
+    mixed = {"a.jpg": picture(1), "a.json": shards.record(1), "a.txt": b"one\ntwo"}
+    shards.write_tar(tmp_path / "00001.tar", mixed)
+    assert captions.open_captions(tmp_path).captions[5:] == (("one", "two"),)

@@ -21,7 +21,7 @@ ROOT/captions.json      {"a/1.jpg": ["a caption", ...], ...} or [{"image": "a/1.
   or captions.jsonl     {"image": "a/1.jpg", "caption": "a caption"} a line
   or captions.csv, .tsv image,caption in the head, a caption a row (or metadata.* with file_name and text)
   or ROOT/a/1.txt       beside ROOT/a/1.jpg, a caption a line; in any folder below ROOT
-  or ROOT/*.tar         webdataset shards: 1.jpg and 1.txt, a caption a line
+  or ROOT/*.tar         webdataset shards: 1.jpg and 1.txt, a caption a line (or the 1.json of training data)
 Images are .jpg, .jpeg, .png or .webp; paths in lists are below ROOT. The first of these that is there is read.
 """
 

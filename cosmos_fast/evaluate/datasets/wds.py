@@ -6,7 +6,7 @@ Any set with a reader of its own is read from this layout too, so that copies ma
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +14,8 @@ from PIL import Image
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import decode
-from cosmos_fast.data.index import IMAGE_EXTENSIONS, Index, open_source
+from cosmos_fast.data.index import IMAGE_EXTENSIONS, RECORD_EXTENSION, Index, open_source
+from cosmos_fast.data.records import parse_record, raw_captions
 from cosmos_fast.evaluate.datasets.layout import all_there, read_text, required
 from cosmos_fast.evaluate.datasets.pairs import retrieval_set
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, Reader, RetrievalSet, digest
@@ -106,11 +107,24 @@ def open_shards(root: Path, name: str) -> ShardImages:
 
 
 def open_retrieval(root: Path, name: str = "wds") -> RetrievalSet:
-    """Images with `.txt` members. UserError as `open_shards`, and a sample without one, or without a caption in it."""
+    """Images with `.txt` members, or with the `.json` records that training reads, of which the raw captions count.
+
+    UserError as `open_shards`, and a sample without such a member, or without a caption in it.
+    """
     _check_type(root, name, "retrieval")
     images = open_shards(root, name)
-    captions = [_lines(images.text(number, "txt")) for number in range(len(images))]
+    captions = [_captions(images, number) for number in range(len(images))]
     return retrieval_set(name, SPLIT, root, images, captions)
+
+
+def _captions(images: ShardImages, number: int) -> Sequence[str]:
+    members = images.index.members(number)
+    if "txt" in members or RECORD_EXTENSION not in members:
+        return _lines(images.text(number, "txt"))
+    try:
+        return raw_captions(parse_record(images.text(number, RECORD_EXTENSION).encode()))
+    except SampleFault as error:
+        raise UserError(f"{images.name}: {images.key(number)}.json: {error}: take it out") from None
 
 
 def open_classification(root: Path, name: str = "wds", classes: ClassSet | None = None) -> ClassificationSet:
