@@ -31,6 +31,7 @@ command = LazyGroup(
     summaries={
         "train": "Train COSMOS or plain CLIP on image-caption shards.",
         "eval": "Retrieval, classification, segmentation, and the report.",
+        "visualize": "Pictures: attention, retrieval, segmentation.",
         "data": "Make, index and inspect shards.",
         "plan": "Estimate time, memory and communication on many GPUs.",
         "launch": "Print the command that starts a run on a cluster.",
