@@ -45,11 +45,14 @@ def image_to_text_ranks(image_ND: Tensor, text_MD: Tensor, owner_M: Tensor) -> T
 
 
 def _best_own_ranks(scores_BM: Tensor, row_K: Tensor, column_K: Tensor) -> Tensor:
-    """Rank of the best of a row's own columns, int64 [B]. row_K, column_K: int64, all places (K) of own scores."""
+    """Rank of the best of a row's own columns, int64 [B]. Overwrites the scores.
+
+    row_K, column_K: int64, all places (K) of own scores.
+    """
     own_K = scores_BM[row_K, column_K]
     best_B = scores_BM.new_full((len(scores_BM),), -torch.inf).scatter_reduce_(0, row_K, own_K, "amax")
     # Other captions that are not below the best own one: all that are not, without the own ones that are not.
-    not_below_B = scores_BM.shape[1] - (scores_BM < best_B[:, None]).sum(dim=1)
+    not_below_B = _not_below(scores_BM, best_B)
     own_not_below_B = torch.zeros_like(not_below_B).index_add_(0, row_K, (~(own_K < best_B[row_K])).long())
     return not_below_B - own_not_below_B + 1
 
@@ -66,10 +69,22 @@ def text_to_image_ranks(text_MD: Tensor, image_ND: Tensor, owner_M: Tensor) -> T
 
 
 def ranks_of_targets(scores_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Rank (1 = first) of column `target_B` in each row; columns that tie with it are placed ahead of it."""
-    own_B1 = scores_BC.gather(1, target_B[:, None])
+    """Rank (1 = first) of column `target_B` in each row; columns that tie with it are placed ahead of it.
+
+    Overwrites the scores.
+    """
     # Not below it are those ahead, ties, NaN, and itself, which makes the count start at 1.
-    return scores_BC.shape[1] - (scores_BC < own_B1).sum(dim=1)
+    return _not_below(scores_BC, scores_BC.gather(1, target_B[:, None])[:, 0])
+
+
+def _not_below(scores_BC: Tensor, least_B: Tensor) -> Tensor:
+    """How many scores of each row are not below a number, int64 [B]; overwrites the scores.
+
+    In place, and summed as floats: torch would sum bools as a copy in int64. Such a sum is exact up to 2^24 columns.
+    """
+    assert scores_BC.shape[1] <= 2**24
+    below_B = scores_BC.lt_(least_B[:, None]).sum(dim=1, dtype=torch.float32)
+    return scores_BC.shape[1] - below_B.long()
 
 
 def rank_metrics(ranks: Tensor, prefix: str) -> dict[str, float]:

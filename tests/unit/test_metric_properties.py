@@ -161,6 +161,24 @@ def test_top_k_and_mean_per_class_are_counted(given_: Answers, block: int, ks: l
     assert metrics == pytest.approx({"top1": top(1), "top5": top(5), "mean_per_class": mean})
 
 
+@checked
+@given(answers(), BLOCKS, SEEDS)
+def test_of_classes_with_the_same_prompts_the_first_is_the_answer(given_: Answers, block: int, seed: int) -> None:
+    rng = random.Random(seed)
+    classes = range(len(given_.class_CD))
+    kinds = [rng.choice(classes) for _ in classes]
+    same = [kinds.index(kind) for kind in kinds]  # the first class of each kind, whose feature all of it have
+    class_CD = given_.class_CD[same]
+    with mock.patch.object(classification, "BLOCK_ELEMENTS", block):
+        arguments = (given_.image_BD, class_CD, torch.tensor(given_.labels), torch.tensor(same))
+        found = classification.class_ranks(*arguments).tolist()
+    for row, (rank, label) in enumerate(zip(found, given_.labels, strict=True)):
+        scores = Answers(given_.image_BD, class_CD, []).scores(row)
+        ahead = [one for one in classes if same[one] != same[label] and scores[one] >= scores[label]]
+        before = [one for one in range(label) if same[one] == same[label]]
+        assert rank == 1 + len(ahead) + len(before)
+
+
 @dataclass
 class Maps:
     """Some images' predicted and true classes, of several sizes; nothing is known of the truth's IGNORE."""
