@@ -83,7 +83,6 @@ def attention(captions: tuple[str, ...], samples: int, **given: Any) -> None:
 
     shared = Shared(**given)
     model, source = opened(shared)
-    pictures.check_model(model)
     numbers = source.choose(samples)
     sheets = with_bar("images", len(numbers), partial(pictures.attention_sheets, model, source, numbers, captions))
     reading = (

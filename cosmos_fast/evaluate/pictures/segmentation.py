@@ -14,12 +14,11 @@ import matplotlib.colors
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from cosmos_fast.evaluate.pictures import drawing
 from cosmos_fast.evaluate.pictures.album import Sheet
 from cosmos_fast.evaluate.pictures.sources import Source
-from cosmos_fast.evaluate.pixels import short_side_view
+from cosmos_fast.evaluate.pixels import segmentation_view
 from cosmos_fast.evaluate.prompts import ClassSet, synonym_features
 from cosmos_fast.evaluate.report.pictures import class_overlay, enlarge, jpeg
 from cosmos_fast.evaluate.report.theme import CLASS_COLOURS
@@ -81,13 +80,10 @@ def segmentation_sheets(
     text_SD, class_S = synonym_features(model, classes, text_encoder(model))
     check_finite(text_SD)
     window = model.config.vision.image_size
-    short_side = round(protocol.short_side * window)
     colours = class_colours(classes.classes)
     for number in numbers:
         image = source.images.image(number)
-        views: list[tuple[Tensor, tuple[int, int]]] = [
-            (short_side_view(image, short_side), (image.height, image.width))
-        ]
+        views = [(segmentation_view(image, window, protocol), (image.height, image.width))]
         found = segment(model, views, text_SD, [class_S], window=window, csa=csa, protocol=protocol)
         (maps,) = islice(found, 1)
         truth = source.segmentation.truth(number) if source.segmentation else None
