@@ -19,19 +19,24 @@ from cosmos_fast.data.faults import Repair, SampleFault
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # other decoders stay closed to untrusted bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # other decoders stay closed to untrusted bytes
 _MAX_PIXELS = 50_000_000
 
 
-def decode(data: bytes, max_pixels: int = _MAX_PIXELS, repairs: list[Repair] | None = None) -> Image.Image:
-    """An RGB image; what had to be mended is appended to `repairs`.
+def decode(
+    data: bytes,
+    max_pixels: int = _MAX_PIXELS,
+    repairs: list[Repair] | None = None,
+    formats: tuple[str, ...] = FORMATS,
+) -> Image.Image:
+    """An RGB image; what had to be mended is appended to `repairs`. formats: PIL's names of what is decoded.
 
     Raises SampleFault: empty, not an image, over the pixel cap (known before decoding), or broken.
     """
     if not data:
         raise SampleFault(faults.EMPTY_MEMBER, "image")
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise SampleFault(faults.TOO_MANY_PIXELS, str(error)) from error
     except MemoryError:
@@ -53,7 +58,7 @@ def decode(data: bytes, max_pixels: int = _MAX_PIXELS, repairs: list[Repair] | N
             raise SampleFault(faults.BROKEN_IMAGE, str(error)) from error
         if repairs is not None:
             repairs.append(Repair(faults.MENDED_IMAGE, "only the end marker was missing"))
-        return decode(whole, max_pixels)
+        return decode(whole, max_pixels, formats=formats)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

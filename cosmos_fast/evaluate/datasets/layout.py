@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from cosmos_fast.data.faults import SampleFault
-from cosmos_fast.data.images import decode
+from cosmos_fast.data.images import FORMATS, decode
 from cosmos_fast.utils.errors import UserError
 
 
@@ -71,6 +71,6 @@ class FileImages:
     def image(self, number: int) -> Image.Image:
         path = self.root / self.relative[number]
         try:
-            return decode(path.read_bytes())
+            return decode(path.read_bytes(), formats=(*FORMATS, "BMP"))  # SUN397 has some, called .jpg
         except (OSError, SampleFault) as error:
             raise UserError(f"{self.name}: {path} is broken ({error}): unpack the data set again") from None
