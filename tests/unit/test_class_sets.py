@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cosmos_fast.evaluate.datasets.class_folders import caltech_folders
 from cosmos_fast.evaluate.datasets.class_sets import class_set, published
 from cosmos_fast.evaluate.datasets.registry import READERS, open_set
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet
+from cosmos_fast.utils.errors import UserError
 from tests.benchmark_folders.captions import write_wds
 from tests.benchmark_folders.classes import LAYOUTS
 
@@ -120,3 +123,18 @@ def test_shards_of_clip_benchmark_bring_their_own_classes(tmp_path: Path, name: 
     assert isinstance(found, ClassificationSet)
     assert (found.name, found.labels) == (name, (0, 1, 2, 0, 1, 2))
     assert found.classes.classes == ("tench", "great white shark", "tench")
+
+
+def test_a_bitmap_called_jpg_is_read_where_sets_hold_some(tmp_path: Path) -> None:
+    LAYOUTS["sun397"][1](tmp_path)
+    found = open_set("sun397", tmp_path)
+    bitmap = Image.new("RGB", (8, 6), (200, 30, 5))
+    stream = io.BytesIO()
+    bitmap.save(stream, "BMP")
+    (tmp_path / "SUN397" / found.images.key(0)).write_bytes(stream.getvalue())
+    assert found.images.image(0).tobytes() == bitmap.tobytes()
+    stream = io.BytesIO()
+    bitmap.save(stream, "TIFF")
+    (tmp_path / "SUN397" / found.images.key(0)).write_bytes(stream.getvalue())
+    with pytest.raises(UserError, match="is broken"):
+        found.images.image(0)
