@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.forkserver import _forkserver, ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ class Launch:
         """The agent's process."""
         self.folder.mkdir(exist_ok=True)
         FORKSERVER.set_forkserver_preload(PRELOADED)
-        process = FORKSERVER.Process(target=_agent, args=(self,))
+        ensure_running()
+        process = FORKSERVER.Process(target=_agent, args=(self, _forkserver._forkserver_address))
         process.start()
         return process
 
@@ -93,7 +95,9 @@ def command_line(folder: Path, shards: Path, *arguments: str) -> list[str]:
     return ["--recipe=demo", *(f"--set={setting}" for setting in settings), *arguments]
 
 
-def _agent(launch: Launch) -> None:
+def _agent(launch: Launch, forks: str) -> None:
+    """forks: address of the process that this one is a fork of, as its ranks are to be; else it would start another."""
+    _forkserver._forkserver_address, _forkserver.ensure_running = forks, lambda: None  # type: ignore[method-assign]
     launch.agent_pid = os.getpid()
     for stream in (1, 2):  # what the agent says of its failed ranks
         os.dup2(os.open(launch.folder / "agent.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
