@@ -1,12 +1,12 @@
 """Load a model from a file: our checkpoints, released COSMOS `.pt`, OpenCLIP `.pt` and `.safetensors`.
 
-Nothing is unpickled beyond tensors and plain containers (`torch.load(weights_only=True)`).
+Nothing is unpickled beyond tensors and plain containers (`model.torch_file`), and no model is made before it is known
+that the file holds its weights: a small file cannot ask for much memory.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.model.stored import FORMAT, MANIFEST, StoredTensors, parts_in
-from cosmos_fast.model.weights import infer_config, strip_module_prefix
+from cosmos_fast.model.torch_file import read_torch_file
+from cosmos_fast.model.weights import check_stored, infer_config, strip_module_prefix
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.hub import local_path
 
@@ -42,11 +44,32 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
     file = find_weights_file(Path(path), weights)
     state_dict, config = _read(file, weights)
     try:
-        model = CosmosModel(config or infer_config(state_dict))
-        model.load_reference_state_dict(state_dict)
+        state_dict = strip_module_prefix(state_dict)
+        model = _model_of(config or infer_config(state_dict), state_dict)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return model.eval()
+
+
+def _model_of(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> CosmosModel:
+    """A model with these weights, in fp32."""
+    check_stored(config, state_dict)
+    with _Unfilled():
+        model = CosmosModel(config)
+    model.load_reference_state_dict(state_dict)
+    return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """New parameters get no random numbers, which take seconds: each of them is loaded."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.randn:
+            return torch.empty(*args, **kwargs)
+        if function.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):  # of tensors, and of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def find_weights_file(path: Path, weights: WeightsOf) -> Path:
@@ -77,12 +100,12 @@ def weights_in(file: Path) -> tuple[WeightsOf, ...]:
     """Which models a `.pt` file of COSMOS holds by name; none for a file that holds one model."""
     if file.suffix == ".safetensors" or not file.is_file():
         return ()
-    content = _unpickle(file)
+    content = read_torch_file(file)
     named: tuple[WeightsOf, ...] = ("student", "teacher")
     return tuple(name for name in named if isinstance(content, Mapping) and isinstance(content.get(name), Mapping))
 
 
-def _read(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], ModelConfig | None]:
+def _read(file: Path, weights: WeightsOf) -> tuple[Mapping[str, Tensor], ModelConfig | None]:
     """Weights by name, and their architecture where the file says it."""
     if file.name == MANIFEST:
         stored = StoredTensors(file.parent, weights)
@@ -90,7 +113,7 @@ def _read(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], ModelConfi
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, weights)
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
+def _read_safetensors(file: Path) -> tuple[Mapping[str, Tensor], ModelConfig | None]:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -98,7 +121,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], ModelConfig | None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or no safetensors file ({error})") from None
     if metadata.get("format") != FORMAT:
-        return strip_module_prefix(tensors), None
+        return tensors, None
     if "slices" in metadata:
         raise UserError(f"{file} is one of several parts of a checkpoint: give the folder that holds them")
     return tensors, _model_in(metadata, file)
@@ -108,27 +131,14 @@ def _model_in(metadata: Mapping[str, str], path: Path) -> ModelConfig:
     """The architecture that a file's metadata describe."""
     try:
         return ModelConfig.from_openclip(json.loads(metadata["model"]))
-    except (KeyError, json.JSONDecodeError):
+    except (KeyError, json.JSONDecodeError, RecursionError):
         raise UserError(f"{path} does not say what model its weights are of: it is damaged") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _read_torch(file: Path, weights: WeightsOf) -> tuple[dict[str, Tensor], None]:
-    return strip_module_prefix(_select(_unpickle(file), weights, file)), None
-
-
-def _unpickle(file: Path) -> Any:
-    """Tensors and plain containers; nothing else is made, and nothing runs."""
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} holds objects other than tensors and is not loaded: unpickling it could run foreign code"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from None
+def _read_torch(file: Path, weights: WeightsOf) -> tuple[Mapping[str, Tensor], None]:
+    return _select(read_torch_file(file), weights, file), None
 
 
 def _select(content: Any, weights: WeightsOf, file: Path) -> Mapping[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
@@ -19,8 +20,46 @@ CROSSMODAL = (
 
 
 def strip_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the `module.` that data-parallel wrappers put in front."""
-    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    """Names without the `module.` that data-parallel wrappers put in front.
+
+    Raises:
+        UserError: a name that is there with and without it.
+    """
+    stripped = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    if len(stripped) < len(state_dict):
+        twice = next(name for name in state_dict if f"module.{name}" in state_dict)
+        raise UserError(f"weights hold both {twice} and module.{twice}: keep one of them")
+    return stripped
+
+
+def check_stored(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> None:
+    """Whether a model of these weights may take its memory: they are plain tensors of numbers, each with elements of its
+    own, and about as many as the architecture needs.
+
+    Raises:
+        UserError: they are something else.
+    """
+    stored: dict[int, int] = {}
+    for name, tensor in state_dict.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+            raise UserError(f"{name} is no plain tensor of floating-point numbers ({tensor.dtype}, {tensor.layout})")
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+    if sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values()) > sum(stored.values()):
+        raise UserError("tensors share their elements, which weights do not: it is damaged")
+    needed, given = _elements(config), sum(tensor.numel() for tensor in state_dict.values())
+    if needed > 4 * given:  # what differs by less is told by name
+        raise UserError(f"it describes a model of {needed:,} weights, and holds {given:,}")
+
+
+def _elements(config: ModelConfig) -> int:
+    """How many weights an architecture has, without biases and norms."""
+    vision, text, dim = config.vision, config.text, config.embed_dim
+    blocks = 12 * (vision.layers * vision.width**2 + text.layers * text.width**2)
+    patches = 3 * vision.patch_size**2 + (vision.image_size // vision.patch_size) ** 2
+    tokens = text.vocab_size + text.context_length
+    heads = dim * (vision.width + text.width) + 8 * dim**2 if config.crossmodal else 0
+    return blocks + (patches + dim) * vision.width + (tokens + dim) * text.width + heads
 
 
 def check_state_dict(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
