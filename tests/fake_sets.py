@@ -10,14 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from cosmos_fast.data.images import decode, eval_transform
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.datasets.registry import READERS
-from cosmos_fast.evaluate.datasets.sets import ClassificationSet, EvalSet, Reader, RetrievalSet, digest
+from cosmos_fast.evaluate.datasets.sets import ClassificationSet, EvalSet, Reader, RetrievalSet, SegmentationSet, digest
 from cosmos_fast.evaluate.prompts import fill_templates
+from cosmos_fast.evaluate.segmentation import SegmentationProtocol
 from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.utils.errors import UserError
 from tests.shards import picture
@@ -76,9 +78,28 @@ def fake_classes(root: Path) -> ClassificationSet:
     return ClassificationSet(name="things", split="val", images=images, sha256=sha256, labels=labels, classes=classes)
 
 
+def fake_maps(root: Path) -> SegmentationSet:
+    """Stripes of the four classes over the same pictures, some of them not counted; thresholds that change some."""
+    images = FakeImages()
+    keys = [images.key(number) for number in range(len(images))]
+
+    def truth(number: int) -> np.ndarray:
+        image = images.image(number)
+        y, x = np.mgrid[0 : image.height, 0 : image.width]
+        return np.array([0, 1, 2, 3, 255], dtype=np.uint8)[(x // 7 + y // 9 + number) % 5]
+
+    classes = fill_templates("fake names", CLASSES, TEMPLATES)
+    protocol = SegmentationProtocol(scale=20.0, prob_threshold=0.2, area_threshold=0.05)
+    sha256 = digest(keys, keys)
+    return SegmentationSet(
+        name="pixels", split="val", images=images, sha256=sha256, truth=truth, classes=classes, protocol=protocol
+    )
+
+
 FAKE_READERS: Mapping[str, Reader] = {
     "fake": Reader(name="fake", task="retrieval", title="Seven pictures", layout="ROOT/anything", open=fake_captions),
     "things": Reader(name="things", task="classification", title="Named", layout="ROOT/", open=fake_classes),
+    "pixels": Reader(name="pixels", task="segmentation", title="Stripes", layout="ROOT/", open=fake_maps),
 }
 
 

@@ -51,6 +51,12 @@ def _batch_size(_: click.Context, __: click.Parameter, value: str) -> int | None
 @click.option("--data", help="Held-out shards: directory, glob, brace pattern, file or URL.")
 @click.option("--tasks", callback=_tasks, default=",".join(TASKS), show_default=True, help="Of --data, with commas.")
 @click.option("--classes", type=click.Path(path_type=Path), help="Class names and templates for the one --benchmark.")
+@click.option(
+    "--protocol",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Of segmentation: csa=false, pamr_steps=10, scale, prob_threshold, ...; repeatable.",
+)
 @click.option("--max-samples", type=click.IntRange(1), help="So many samples: the first of shards, spread over a set.")
 @click.option("--batch-size", callback=_batch_size, default="auto", show_default=True, help="Images a forward.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16", "auto"]), default="fp32", show_default=True)
@@ -64,6 +70,7 @@ def run(
     data: str | None,
     tasks: tuple[str, ...],
     classes: Path | None,
+    protocol: tuple[str, ...],
     max_samples: int | None,
     batch_size: int | None,
     precision: str,
@@ -97,6 +104,7 @@ def run(
         precision=precision,
         device=device,
         storage=remote_settings(overrides),
+        protocol=protocol,
     )
     answer(asked, out)
 

@@ -21,6 +21,7 @@ from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.datasets.sets import EvalSet, part_of
 from cosmos_fast.evaluate.division import Division
 from cosmos_fast.evaluate.encoder import InBf16
+from cosmos_fast.evaluate.protocols import with_protocol
 from cosmos_fast.evaluate.published import evaluate_set, texts_of
 from cosmos_fast.evaluate.scenes import SceneSet
 from cosmos_fast.evaluate.set_runs import Settings
@@ -49,6 +50,7 @@ class Asked:
     precision: str
     device: str
     storage: Storage
+    protocol: tuple[str, ...] = ()
 
     def check(self) -> None:
         """UserError where the options do not go together."""
@@ -110,6 +112,7 @@ def open_all(asked: Asked) -> Held:
     sets = {name: part_of(open_set(name, path), asked.max_samples) for name, path in asked.benchmarks.items()}
     if asked.classes is not None:
         sets = {name: with_classes(found, asked.classes) for name, found in sets.items()}
+    sets = with_protocol(sets, asked.protocol)
     if asked.data is None:
         return Held(sets, None)
     scenes = SceneSet((SourceConfig(path=asked.data),), asked.max_samples, asked.storage)

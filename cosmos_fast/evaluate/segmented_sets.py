@@ -146,4 +146,5 @@ def _in_words(protocol: SegmentationProtocol, window: int, wordings: int) -> dic
         "prob_threshold": protocol.prob_threshold,
         "area_threshold": protocol.area_threshold,
         "pamr_steps": protocol.pamr_steps,
+        **({"pamr_dilations": list(protocol.pamr_dilations)} if protocol.pamr_steps else {}),
     }

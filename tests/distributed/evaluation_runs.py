@@ -9,7 +9,7 @@ from typing import Any
 
 from cosmos_fast.cli.eval import run as run_command
 from cosmos_fast.config import SourceConfig, TrainConfig, load_config
-from cosmos_fast.evaluate import prompts, record, scenes
+from cosmos_fast.evaluate import prompts, record, scenes, segmented_sets
 from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.division import Division
 from cosmos_fast.evaluate.published import evaluate_set
@@ -25,6 +25,7 @@ from tests.fake_sets import FAKE_READERS, FakeImages, register
 BLOCKS = (5, 20)
 TEXT_BATCH = 7
 SET_BLOCKS = (2, 9)  # of seven images
+IMAGES_A_BLOCK = 2  # that are segmented: four blocks
 FAILS = 1  # the rank that cannot read, once
 
 
@@ -48,6 +49,7 @@ def measured(place: Path, config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
 def measured_sets(place: Path, ranks: Ranks) -> dict[str, Any]:
     """Published sets, in many blocks and in one, which leaves ranks without work; and the validator of a training."""
     prompts.TEXT_BATCH = TEXT_BATCH
+    segmented_sets.IMAGES_A_BLOCK = IMAGES_A_BLOCK
     register()
     model = load_checkpoint(place / "cosmos")
     found: dict[str, Any] = {}
@@ -55,7 +57,8 @@ def measured_sets(place: Path, ranks: Ranks) -> dict[str, Any]:
         for name in FAKE_READERS:
             one = open_set(name, place)
             found[f"{name} {size}"] = asdict(evaluate_set(model, one, Settings(batch_size=size), Division(ranks)))
-    config = load_config(TrainConfig(name="sets"), [f"evaluate.benchmarks={{fake: {place}, things: {place}}}"])
+    sets = ", ".join(f"{name}: {place}" for name in FAKE_READERS)
+    config = load_config(TrainConfig(name="sets"), [f"evaluate.benchmarks={{{sets}}}"])
     (validator,) = build_validators(config, Division(ranks))
     found["validator"] = validator(3, model, model)
     return found

@@ -12,7 +12,7 @@ import pytest
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
-from cosmos_fast.evaluate import prompts, scenes
+from cosmos_fast.evaluate import prompts, scenes, segmented_sets
 from cosmos_fast.evaluate.datasets.registry import READERS
 from cosmos_fast.utils.ranks import ONE
 from tests.distributed.evaluation_runs import BLOCKS, FAILS, SET_BLOCKS, measured, measured_sets, run_all, run_cli
@@ -77,7 +77,8 @@ def test_all_ranks_get_the_numbers_of_one_process(
 def test_all_ranks_get_the_numbers_of_one_process_on_published_sets(
     place: Path, found: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "TEXT_BATCH", prompts.TEXT_BATCH)  # measured_sets() changes it, and what is registered
+    monkeypatch.setattr(prompts, "TEXT_BATCH", prompts.TEXT_BATCH)  # measured_sets() changes these
+    monkeypatch.setattr(segmented_sets, "IMAGES_A_BLOCK", segmented_sets.IMAGES_A_BLOCK)
     for name, reader in FAKE_READERS.items():
         monkeypatch.setitem(READERS, name, reader)
     alone = json.loads(json.dumps(measured_sets(place, ONE)))

@@ -20,10 +20,12 @@ from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.datasets import class_map_files
 from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.pixels import segmentation_view
+from cosmos_fast.evaluate.protocols import parse, with_protocol
 from cosmos_fast.evaluate.segmentation import IGNORE, SegmentationProtocol
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import CosmosModel
 from tests.benchmark_folders.class_maps import LAYOUTS, png
+from tests.fake_sets import fake_classes
 from tests.shards import picture
 from tests.unit.test_eval_cli import tiny_config, write_run
 
@@ -179,3 +181,51 @@ def test_a_broken_map_ends_the_command_in_one_line_and_nothing_is_written(
     assert "2007_000042.png is no map of classes (it holds the class number 200, not one of 0 to 20 and 255)" in error
     assert "Traceback" not in error
     assert not (tmp_path / "r.json").exists()
+
+
+def test_a_protocol_of_ones_own(evaluated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, results = evaluated
+    changes = {
+        "csa": ("csa=false",),
+        "refined": ("pamr_steps=3",),
+        "surer": ("prob_threshold=0.3",),
+        "coarser": ("stride=1", "interpolation=bicubic", "short_side=1"),
+    }
+    templates = tmp_path / "templates.json"
+    templates.write_text(json.dumps({"templates": TEMPLATES}))
+    for name, texts in changes.items():
+        given = ["--benchmark", f"context60={folder / 'context60'}", "--classes", str(templates)]
+        given += [part for text in texts for part in ("--protocol", text)]
+        arguments = ["run", "--checkpoint", str(folder / "run"), "--device", "cpu", "--out", str(tmp_path / name)]
+        assert run_command(command, [*arguments, *given]) == 0
+        found = json.loads((tmp_path / name).read_text())["benchmarks"]["context60"]
+        assert found["metrics"]["pixel_accuracy"] != results["context60"]["metrics"]["pixel_accuracy"]
+        kept, changed = results["context60"]["protocol"], found["protocol"]
+        assert {text.partition("=")[0] for text in texts} <= {
+            key.removesuffix("_px") for key in kept if kept[key] != changed[key]
+        }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cas=false", "did you mean csa?"),
+        ("csa", "give KEY=VALUE"),
+        ("csa=1", "true or false"),
+        ("prob_threshold=1", "a share from 0"),
+        ("scale=.inf", "a number above 0"),
+        ("short_side=0.5", "1 or more"),
+        ("pamr_steps=1.5", "a whole number"),
+        ("interpolation=[", "bilinear or bicubic"),
+    ],
+)
+def test_a_protocol_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match="--protocol ") as caught:
+        parse([text])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_protocol_without_a_segmentation_set() -> None:
+    with pytest.raises(ValueError, match="is for segmentation"):
+        with_protocol({"fake": fake_classes(Path())}, ["csa=false"])
