@@ -55,6 +55,7 @@ def plan() -> list[Step]:
         _bench("distill"),
         _bench("loader", modules=INPUT, limit_s=120, least_s=40),
         _bench("tokenizer", modules=INPUT),
+        _bench("eval", modules=INPUT, limit_s=90, least_s=30),
         _bench("rates"),
     ]
     for name in SWEPT:

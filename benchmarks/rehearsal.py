@@ -223,6 +223,8 @@ def _small(name: str, module: ModuleType) -> Mapping[str, Any]:
         return {"SAMPLES": {"cuda": 4}, "BATCH": {"cpu": 2, "cuda": 2}, "missing_loaders": lambda _: found("cpu")}
     if name == "bench_tokenizer":
         return {"SEEN_SAMPLES": 2}
+    if name == "bench_eval":
+        return {"SETTINGS": {"cuda": module.tiny("cuda")}}
     if name == "bench_savings":
         return {"vit_b_16_step": lambda batch: _tiny_step()}
     if name == "sweeps":

@@ -28,7 +28,7 @@ def rehearse(name, tmp_path):
     return [Row(**row) for row in json.loads(path.read_text())]
 
 
-LONG = ("step", "attention", "savings", "loader", "tokenizer")  # more than a second or two
+LONG = ("step", "attention", "savings", "loader", "tokenizer", "eval")  # more than a second or two
 
 
 def marked(name):
