@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from benchmarks.rows import Row
 from benchmarks.stages import watching
 from cosmos_fast.data.index import Index
 from cosmos_fast.data.tokenizer import tokenize
+from tests.ranks import PRELOADED
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "tokens.json").read_text(encoding="utf-8"))
 
@@ -143,7 +145,10 @@ def test_the_tokenizer_benchmark_writes_its_rows(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.long
-def test_the_loader_benchmark_measures_every_part(tmp_path: Path) -> None:
+def test_the_loader_benchmark_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("forkserver")  # as fresh as a spawned process, with torch imported
+    context.set_forkserver_preload(PRELOADED)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
     small = ["--samples", "4", "--batch", "2", "--width", "64", "--height", "48", "--workers", "1"]
     rows = run(bench_loader.command, small, tmp_path / "loader.json")
     loaders = bench_loader.usable_loaders(None, "cpu")
