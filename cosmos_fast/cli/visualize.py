@@ -130,10 +130,17 @@ def retrieval(texts: tuple[str, ...], files: tuple[Path, ...], samples: int, top
 @shared_options
 @click.option("--class", "named", multiple=True, metavar="NAME[;NAME]", help="A class with its wordings; repeatable.")
 @click.option("--classes", "file", type=A_PATH, help="File of classes or templates, as for `eval run`.")
-@click.option("--csa/--no-csa", default=True, show_default=True, help="Correlative self-attention in the last block.")
+@click.option(
+    "--protocol",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="csa=false, pamr_steps=10, ..., as for `eval run`; repeatable.",
+)
 @click.option("--by", type=click.Choice(["colour", "shape"]), default="colour", help="Classes of synthetic shards.")
 @click.option("--samples", type=click.IntRange(1), default=6, show_default=True, help="Images to show.")
-def segmentation(named: tuple[str, ...], file: Path | None, csa: bool, by: str, samples: int, **given: Any) -> None:
+def segmentation(
+    named: tuple[str, ...], file: Path | None, protocol: tuple[str, ...], by: str, samples: int, **given: Any
+) -> None:
     """The class of every pixel among any classes, by their names; beside the truth where the set has one.
 
     A first class called "background" is drawn grey.
@@ -147,13 +154,13 @@ def segmentation(named: tuple[str, ...], file: Path | None, csa: bool, by: str, 
 
     shared = Shared(**given, by=by)
     model, source = opened(shared)
-    source, classes, protocol = chosen_classes(source, named, file)
+    source, classes, settings = chosen_classes(source, named, file, protocol)
     numbers = source.choose(samples)
-    make = partial(pictures.segmentation_sheets, model, source, numbers, classes, protocol, csa)
+    make = partial(pictures.segmentation_sheets, model, source, numbers, classes, settings)
     sheets = with_bar("images", len(numbers), make)
     reading = (
         f"The nearest of {len(classes.classes)} classes for every pixel, found by their names alone, "
-        f"{'with' if csa else 'without'} correlative self-attention (CSA)."
+        f"{'with' if settings.csa else 'without'} correlative self-attention (CSA)."
     )
     save(shared, model, source, "segmentation", "Segmentation without a label seen", reading, sheets)
 

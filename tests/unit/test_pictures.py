@@ -188,7 +188,7 @@ def test_every_pixel_has_the_nearest_class_and_the_truth_stands_beside(model, so
     text_SD, class_S = synonym_features(model, classes, lambda texts: tokenize(texts, 16))
     found = {}
     for csa in (True, False):
-        (sheet,) = segmentation.segmentation_sheets(model, known, [0], classes, protocol, csa=csa)
+        (sheet,) = segmentation.segmentation_sheets(model, known, [0], classes, replace(protocol, csa=csa))
         views = [(short_side_view(image, 48), (40, 48))]
         ((labels,),) = segment(model, views, text_SD, [class_S], window=32, csa=csa, protocol=protocol)
         share = float((labels == 0).double().mean())
@@ -201,7 +201,7 @@ def test_every_pixel_has_the_nearest_class_and_the_truth_stands_beside(model, so
     assert numbers["truth"] == {"sky": round(20 * 45 / (40 * 48), 6), "grass": round(20 * 45 / (40 * 48), 6)}
     assert 0 <= numbers["pixels_right"] <= 1
     always = fill_templates("one", {"grass": ["grass"], "lawn": ["grass"]}, ["a {}."])  # a tie: the first one
-    (sheet,) = segmentation.segmentation_sheets(model, known, [0], always, protocol, csa=False)
+    (sheet,) = segmentation.segmentation_sheets(model, known, [0], always, protocol)
     assert sheet.numbers["predicted"] == {"grass": 1.0}
     assert sheet.numbers["pixels_right"] == pytest.approx(0.5)
 
@@ -246,6 +246,15 @@ def test_mistakes_in_classes_are_one_line(source, tmp_path, case) -> None:
         file.write_text(content)
     with pytest.raises(UserError, match=message):
         choices.chosen_classes(source, named, file)
+
+
+def test_the_protocol_is_the_sets_with_the_changes(source) -> None:
+    known = with_truth(source, ("sky", "grass"))
+    maps = replace(known.segmentation, protocol=SegmentationProtocol(scale=65.0))
+    _, _, protocol = choices.chosen_classes(replace(known, segmentation=maps), (), None, ("pamr_steps=2",))
+    assert (protocol.scale, protocol.pamr_steps, protocol.csa) == (65.0, 2, True)
+    with pytest.raises(UserError, match="did you mean csa"):
+        choices.chosen_classes(known, (), None, ("cs=1",))
 
 
 def test_named_classes_have_wordings_and_published_templates_and_no_truth(source) -> None:

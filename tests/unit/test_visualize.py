@@ -22,6 +22,7 @@ from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
 from cosmos_fast.evaluate.datasets import registry
 from cosmos_fast.evaluate.report import pictures as report_pictures
 from cosmos_fast.model.cosmos import create_model
+from tests.benchmark_folders.class_maps import LAYOUTS
 
 TOWERS = {
     "embed_dim": 16,
@@ -122,7 +123,9 @@ def test_shards_of_scenes_have_all_three(place, tmp_path, kind) -> None:
 def test_segmentation_by_ones_own_classes(place, tmp_path) -> None:
     photo = ("--image", str(place / "photos/one.jpg"))
     named = ("--class", "background;wall", "--class", "dog")
-    assert run(command, arguments(place, "segmentation", tmp_path / "a", *photo, *named, "--no-csa")) == 0
+    assert (
+        run(command, arguments(place, "segmentation", tmp_path / "a", *photo, *named, "--protocol", "csa=false")) == 0
+    )
     (sheet,) = contents(tmp_path / "a")["sheets"]
     assert set(sheet["predicted"]) <= {"background", "dog"}
     assert sheet["truth"] is None
@@ -144,6 +147,21 @@ def test_a_benchmark_is_looked_at_by_its_reader(place, tmp_path) -> None:
     record = contents(tmp_path / "out")
     assert [sheet["rank_of_the_right_one"] for sheet in record["sheets"]] == [1, 1]
     assert reader in record["made"]["images"]
+
+
+def test_maps_of_a_benchmark_stand_beside_the_models(place, tmp_path) -> None:
+    layout = LAYOUTS["voc21"]
+    root = layout.write(tmp_path / "voc")
+    given = ("--benchmark", f"voc21={root}", "--protocol", "scale=1", "--protocol", "prob_threshold=0.9")
+    assert run(command, arguments(place, "segmentation", tmp_path / "out", *given)) == 0
+    sheets = contents(tmp_path / "out")["sheets"]
+    assert len(sheets) == len(layout.ids)
+    for number, sheet in enumerate(sheets):
+        truth = layout.truth(number)
+        assert sheet["pixels"] == [truth.shape[1], truth.shape[0]]
+        assert sheet["predicted"] == {"background": 1.0}  # of 21 classes none can be that likely at this scale
+        assert sheet["truth"]["background"] == pytest.approx((truth == 0).mean(), abs=1e-6)
+        assert sheet["pixels_right"] == pytest.approx((truth == 0).sum() / (truth != 255).sum(), abs=1e-6)
 
 
 def test_weights_without_crossmodal_heads_do_what_they_can(place, tmp_path, capsys) -> None:

@@ -10,6 +10,7 @@ from cosmos_fast.evaluate.class_files import listed_classes, read_classes
 from cosmos_fast.evaluate.datasets.class_sets import published
 from cosmos_fast.evaluate.pictures.sources import Source
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
+from cosmos_fast.evaluate.protocols import parse
 from cosmos_fast.evaluate.segmentation import SegmentationProtocol
 from cosmos_fast.utils.errors import UserError
 
@@ -17,20 +18,21 @@ MOST_CLASSES = 254  # numbers of a map of bytes, one left for pixels without a l
 
 
 def chosen_classes(
-    source: Source, named: Sequence[str], file: Path | None
+    source: Source, named: Sequence[str], file: Path | None, changes: Sequence[str] = ()
 ) -> tuple[Source, ClassSet, SegmentationProtocol]:
     """The source (without its true maps where classes are named), the classes, and how to segment.
 
     named: a class each, its wordings with ";" between them; set into ImageNet's templates, as those of a file are that
-    has none. file: other wordings of the source's classes, or a list where it brings none.
+    has none. file: other wordings of the source's classes, or a list where it brings none. changes: KEY=VALUE of the
+    protocol, see `evaluate.protocols`.
 
-    UserError: no classes at all, a name or file that is none, or too many.
+    UserError: no classes at all, a name or file that is none, or too many; no such key or value.
     """
     if named and file:
         raise UserError("give --class or --classes, not both")
     templates = published()["imagenet"]["templates"]
     maps = source.segmentation
-    protocol = SegmentationProtocol() if maps is None or named else maps.protocol
+    protocol = replace(SegmentationProtocol() if maps is None or named else maps.protocol, **parse(changes))
     if named:
         source, classes = replace(source, segmentation=None), _named_classes(named, templates)
     elif maps is not None:

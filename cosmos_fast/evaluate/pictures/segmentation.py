@@ -70,7 +70,6 @@ def segmentation_sheets(
     numbers: Sequence[int],
     classes: ClassSet,
     protocol: SegmentationProtocol,
-    csa: bool,
     on_sheet: Callable[[], None] = lambda: None,
 ) -> Iterator[Sheet]:
     """A sheet an image: the image, its true classes if the source has them, and the model's.
@@ -84,7 +83,7 @@ def segmentation_sheets(
     for number in numbers:
         image = source.images.image(number)
         views = [(segmentation_view(image, window, protocol), (image.height, image.width))]
-        found = segment(model, views, text_SD, [class_S], window=window, csa=csa, protocol=protocol)
+        found = segment(model, views, text_SD, [class_S], window=window, csa=protocol.csa, protocol=protocol)
         (maps,) = islice(found, 1)
         truth = source.segmentation.truth(number) if source.segmentation else None
         yield _sheet(source.images.key(number), image, maps[0].numpy(), truth, classes.classes, colours)

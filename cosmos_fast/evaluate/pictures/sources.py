@@ -92,7 +92,9 @@ def of_files(paths: Sequence[Path], max_samples: int | None = None) -> Source:
     line. UserError: no such file, no image in a folder, a caption file that is no text."""
     files = [file for path in paths for file in _files_at(path)][:max_samples]
     captions = tuple(_captions_beside(file) for file in files)
-    return Source(", ".join(path.name or str(path) for path in paths), PictureFiles(files), captions)
+    names = [path.resolve().name for path in paths]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return Source(", ".join(names[:3]) + more, PictureFiles(files), captions)
 
 
 def _files_at(path: Path) -> list[Path]:
