@@ -45,9 +45,9 @@ def old_pickle(**entries: bytes) -> bytes:
     return b"\x80\x02}q\x01(" + b"".join(pairs) + b"u."
 
 
-def write_cifar10(root: Path) -> Answers:
+def write_cifar10(root: Path, labels: tuple[int, ...] = (3, 0, 9, 3)) -> Answers:
     """The python archive: names in protocol 0, as text."""
-    labels, names = (3, 0, 9, 3), [f"thing_{number}" for number in range(10)]
+    names = [f"thing_{number}" for number in range(10)]
     folder = root / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     listed = "".join(f"S'{name}'\np{number + 3}\na" for number, name in enumerate(names))
@@ -61,8 +61,7 @@ def write_cifar10(root: Path) -> Answers:
     return cifar_answers(labels, tuple(f"thing {number}" for number in range(10)))
 
 
-def write_cifar10_binary(root: Path) -> Answers:
-    labels = (3, 0, 9, 3)
+def write_cifar10_binary(root: Path, labels: tuple[int, ...] = (3, 0, 9, 3)) -> Answers:
     folder = root / "cifar-10-batches-bin"
     write_lines(folder / "batches.meta.txt", [*(f"thing_{number}" for number in range(10)), ""])
     records = [bytes([label]) + pixels(number).tobytes() for number, label in enumerate(labels)]
@@ -70,8 +69,7 @@ def write_cifar10_binary(root: Path) -> Answers:
     return cifar_answers(labels, tuple(f"thing {number}" for number in range(10)))
 
 
-def write_cifar100(root: Path) -> Answers:
-    labels = (70, 0, 99)
+def write_cifar100(root: Path, labels: tuple[int, ...] = (70, 0, 99)) -> Answers:
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     coarse = old_list([1, 2, 3])
@@ -86,8 +84,7 @@ def write_cifar100(root: Path) -> Answers:
     return cifar_answers(labels, tuple(f"fine {number}" for number in range(100)))
 
 
-def write_cifar100_binary(root: Path) -> Answers:
-    labels = (70, 0, 99)
+def write_cifar100_binary(root: Path, labels: tuple[int, ...] = (70, 0, 99)) -> Answers:
     folder = root / "cifar-100-binary"
     write_lines(folder / "fine_label_names.txt", [f"fine_{number}" for number in range(100)])
     write_lines(folder / "coarse_label_names.txt", ["coarse"])
@@ -96,9 +93,8 @@ def write_cifar100_binary(root: Path) -> Answers:
     return cifar_answers(labels, tuple(f"fine {number}" for number in range(100)))
 
 
-def write_cifar100_of_today(root: Path) -> Answers:
+def write_cifar100_of_today(root: Path, labels: tuple[int, ...] = (70, 0, 99)) -> Answers:
     """As somebody would write it with Python 3, in the newest protocol."""
-    labels = (70, 0, 99)
     folder = root / "cifar-100-python"
     folder.mkdir(parents=True)
     names = [f"fine_{number}" for number in range(100)]

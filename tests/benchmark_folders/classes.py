@@ -23,15 +23,17 @@ from tests.benchmark_folders.cifar_archives import (
 )
 from tests.benchmark_folders.matlab import write_mat
 
+Labels = tuple[int, ...]
 
-def write_food101(root: Path) -> Answers:
+
+def write_food101(root: Path, labels: Labels = LABELS) -> Answers:
     spelled = [f"dish_{number:03}" for number in range(101)]
-    images = [f"{spelled[label]}/{1000 + number}" for number, label in enumerate(LABELS)]
+    images = [f"{spelled[label]}/{1000 + number}" for number, label in enumerate(labels)]
     write_lines(root / "food-101/meta/classes.txt", spelled)
     write_lines(root / "food-101/meta/test.txt", images)
     write_lines(root / "food-101/meta/train.txt", ["dish_000/1"])
     numbers = write_photos(root / "food-101/images", [f"{image}.jpg" for image in images])
-    return Answers(numbers, LABELS, tuple(f"dish {number:03}" for number in range(101)))
+    return Answers(numbers, labels, tuple(f"dish {number:03}" for number in range(101)))
 
 
 def sun_classes() -> tuple[list[str], tuple[str, ...]]:
@@ -41,14 +43,14 @@ def sun_classes() -> tuple[list[str], tuple[str, ...]]:
     return paths, ("abbey", "apartment building outdoor", "apse indoor", *(f"big place {n}" for n in range(394)))
 
 
-def write_sun397(root: Path) -> Answers:
+def write_sun397(root: Path, labels: Labels = LABELS) -> Answers:
     """The first partition."""
     paths, names = sun_classes()
-    images = [f"{paths[label]}/sun_a{number}.jpg" for number, label in enumerate((*LABELS, 1, 2))]
+    images = [f"{paths[label]}/sun_a{number}.jpg" for number, label in enumerate((*labels, 1, 2))]
     write_lines(root / "SUN397/ClassName.txt", paths)
     write_lines(root / "Testing_01.txt", images)
     numbers = write_photos(root / "SUN397", [image.lstrip("/") for image in images])
-    return Answers(numbers, (*LABELS, 1, 2), names, "Testing_01")
+    return Answers(numbers, (*labels, 1, 2), names, "Testing_01")
 
 
 def write_sun397_whole(root: Path) -> Answers:
@@ -82,48 +84,48 @@ def write_caltech101_without_background(root: Path) -> Answers:
     return Answers(write_photos(root / "101_ObjectCategories", images), tuple(range(101)), names, "all")
 
 
-def write_aircraft(root: Path) -> Answers:
+def write_aircraft(root: Path, labels: Labels = LABELS) -> Answers:
     variants = tuple(f"{700 + number}-A {number}" for number in range(100))
     data = root / "fgvc-aircraft-2013b/data"
     write_lines(data / "variants.txt", variants)
-    images = [f"{1514520 + number}" for number in range(len(LABELS))]
-    lines = [f"{image} {variants[label]}" for image, label in zip(images, LABELS, strict=True)]
+    images = [f"{1514520 + number}" for number in range(len(labels))]
+    lines = [f"{image} {variants[label]}" for image, label in zip(images, labels, strict=True)]
     write_lines(data / "images_variant_test.txt", lines)
-    return Answers(write_photos(data / "images", [f"{image}.jpg" for image in images]), LABELS, variants)
+    return Answers(write_photos(data / "images", [f"{image}.jpg" for image in images]), labels, variants)
 
 
-def write_pets(root: Path) -> Answers:
+def write_pets(root: Path, labels: Labels = LABELS) -> Answers:
     names = tuple(published()["oxford_pets"]["classes"])
     images, lines = [], []
-    for number, label in enumerate(LABELS):
+    for number, label in enumerate(labels):
         breed = names[label].replace(" ", "_")
         images.append(f"{breed if label % 3 == 0 else breed.lower()}_{number + 1}")
         lines.append(f"{images[-1]} {label + 1} 2 {number}")
     write_lines(root / "oxford-iiit-pet/annotations/test.txt", lines)
     numbers = write_photos(root / "oxford-iiit-pet/images", [f"{image}.jpg" for image in images])
-    return Answers(numbers, LABELS, names)
+    return Answers(numbers, labels, names)
 
 
-def write_cars(root: Path, annotations: str = "cars_test_annos_withlabels.mat") -> Answers:
+def write_cars(root: Path, labels: Labels = LABELS) -> Answers:
     names = tuple(f"Make {number} Coupé 2012" for number in range(196))
     folder = root / "stanford_cars"
-    images = [f"{number + 1:05}.jpg" for number in range(len(LABELS))]
+    images = [f"{number + 1:05}.jpg" for number in range(len(labels))]
     corners = {"bbox_x1": 39.0, "bbox_y1": 116.0, "bbox_x2": 569.0, "bbox_y2": 375.0}
-    rows = [corners | {"class": float(label + 1), "fname": image} for image, label in zip(images, LABELS, strict=True)]
+    rows = [corners | {"class": float(label + 1), "fname": image} for image, label in zip(images, labels, strict=True)]
     write_mat(folder / "devkit/cars_meta.mat", class_names=list(names))
-    write_mat(folder / annotations, annotations=rows)
-    return Answers(write_photos(folder / "cars_test", images), LABELS, names)
+    write_mat(folder / "cars_test_annos_withlabels.mat", annotations=rows)
+    return Answers(write_photos(folder / "cars_test", images), labels, names)
 
 
-def write_flowers(root: Path) -> Answers:
+def write_flowers(root: Path, labels: Labels = LABELS) -> Answers:
     shown = (3, 1, 8, 5, 6)
-    labels = np.full((1, 8), 90.0)
-    labels[0, [image - 1 for image in shown]] = [label + 1 for label in LABELS]
-    write_mat(root / "flowers-102/imagelabels.mat", labels=labels)
+    table = np.full((1, 8), 90.0)
+    table[0, [image - 1 for image in shown]] = [label + 1 for label in labels]
+    write_mat(root / "flowers-102/imagelabels.mat", labels=table)
     ids = {"trnid": np.array([[2.0]]), "valid": np.array([[4.0]]), "tstid": np.array([shown], dtype=np.float64)}
     write_mat(root / "flowers-102/setid.mat", **ids)
     numbers = write_photos(root / "flowers-102/jpg", [f"image_{image:05}.jpg" for image in shown])
-    return Answers(numbers, LABELS, tuple(published()["flowers102"]["classes"]))
+    return Answers(numbers, labels, tuple(published()["flowers102"]["classes"]))
 
 
 def imagenet() -> tuple[list[str], tuple[str, ...]]:
@@ -138,16 +140,16 @@ def write_imagenet(root: Path) -> Answers:
     return Answers(write_photos(root / "val", images), (*range(1000), 999), names, "val")
 
 
-def write_imagenet_of_kaggle(root: Path) -> Answers:
+def write_imagenet_of_kaggle(root: Path, labels: Labels = LABELS) -> Answers:
     synsets, names = imagenet()
-    images = [f"ILSVRC2012_val_{number + 1:08}" for number in range(len(LABELS))]
-    rows = [f"{one},{synsets[label]} 1 2 3 4 {synsets[0]} 5 6 7 8" for one, label in zip(images, LABELS, strict=True)]
+    images = [f"ILSVRC2012_val_{number + 1:08}" for number in range(len(labels))]
+    rows = [f"{one},{synsets[label]} 1 2 3 4 {synsets[0]} 5 6 7 8" for one, label in zip(images, labels, strict=True)]
     write_lines(root / "LOC_val_solution.csv", ["ImageId,PredictionString", *rows[::-1]])
     numbers = write_photos(root / "ILSVRC/Data/CLS-LOC/val", [f"{one}.JPEG" for one in images])
-    return Answers(numbers, LABELS, names, "val")
+    return Answers(numbers, labels, names, "val")
 
 
-def write_imagenet_with_devkit(root: Path) -> Answers:
+def write_imagenet_with_devkit(root: Path, labels: Labels = LABELS) -> Answers:
     """The devkit numbers classes in an order of its own."""
     synsets, names = imagenet()
     data = root / "ILSVRC2012_devkit_t12/data"
@@ -157,13 +159,13 @@ def write_imagenet_with_devkit(root: Path) -> Answers:
         for number, one in enumerate(own, 1)
     ]
     write_mat(data / "meta.mat", synsets=rows)
-    write_lines(data / "ILSVRC2012_validation_ground_truth.txt", [f"{1000 - label}" for label in LABELS])
-    images = [f"ILSVRC2012_val_{number + 1:08}.JPEG" for number in range(len(LABELS))]
-    return Answers(write_photos(root / "val", images), LABELS, names, "val")
+    write_lines(data / "ILSVRC2012_validation_ground_truth.txt", [f"{1000 - label}" for label in labels])
+    images = [f"ILSVRC2012_val_{number + 1:08}.JPEG" for number in range(len(labels))]
+    return Answers(write_photos(root / "val", images), labels, names, "val")
 
 
-# Layout -> the set's name, and who writes it.
-LAYOUTS: dict[str, tuple[str, Callable[[Path], Answers]]] = {
+# Layout -> the set's name, and who writes it; where a list names the images, their labels can be chosen.
+LAYOUTS: dict[str, tuple[str, Callable[..., Answers]]] = {
     "food101": ("food101", write_food101),
     "cifar10 python": ("cifar10", write_cifar10),
     "cifar10 binary": ("cifar10", write_cifar10_binary),

@@ -258,7 +258,6 @@ def test_a_wrong_or_partial_copy_is_told_in_one_line(
     name, write = LAYOUTS[layout]
     root = tmp_path / "set"
     write(root)
-    read_all(name, root)  # whole, it is read
     breaks(root)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:

@@ -17,15 +17,17 @@ import numpy as np
 
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
 _NEW_TEXT = ("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
-_VALUES = frozenset((*_NUMBERS, *_NEW_TEXT))
+_VALUES = frozenset((*_NUMBERS, *_NEW_TEXT, "BYTEARRAY8"))
 _OLD_TEXT = frozenset(("STRING", "BINSTRING", "SHORT_BINSTRING"))
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _PUT, _GET = frozenset(("PUT", "BINPUT", "LONG_BINPUT")), frozenset(("GET", "BINGET", "LONG_BINGET"))
 _MARK = object()
 _PLAIN_TYPES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8")
 _ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
-_BYTES = "_codecs encode"  # how protocol 2 of Python 3 writes bytes
-_NAMES = (*_ARRAY, _BYTES, "numpy ndarray", "numpy dtype")
+_BUFFER = ("numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuffer")  # in protocol 5
+# How protocol 2 of Python 3 writes bytes, and those of no length.
+_BYTES, _NO_BYTES = "_codecs encode", ("__builtin__ bytes", "builtins bytes")
+_NAMES = (*_ARRAY, *_BUFFER, _BYTES, *_NO_BYTES, "numpy ndarray", "numpy dtype")
 
 
 class _Name(str):
@@ -119,6 +121,13 @@ class _Walk:
             self.stack.append(_Type(arguments[0]))
         elif name == _BYTES and _text(arguments[1]) in ("latin1", "latin-1"):
             self.stack.append(arguments[0].encode("latin-1"))
+        elif name in _NO_BYTES and arguments == ():
+            self.stack.append(b"")
+        elif name in _BUFFER:
+            found = _Array()
+            data, kind, shape, order = arguments
+            found.value = _array(0, shape, kind, order == "F", bytes(data))
+            self.stack.append(found)
         else:
             raise ValueError(f"it wants to run {name.replace(' ', '.')}, which is never done")
 
