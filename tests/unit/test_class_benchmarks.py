@@ -4,13 +4,18 @@ number: the readers have no part in what is expected."""
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import normalize
 
 from cosmos_fast.cli.eval import command
@@ -21,7 +26,9 @@ from cosmos_fast.evaluate.datasets.class_sets import published
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import CosmosModel
 from tests.benchmark_folders.answers import Answers
+from tests.benchmark_folders.captions import write_wds
 from tests.benchmark_folders.classes import LAYOUTS
+from tests.shards import picture
 from tests.unit.test_eval_cli import tiny_config, write_run
 
 # One layout a set; ImageNet's 80,000 prompts take a while.
@@ -52,9 +59,8 @@ class Oracle:
         }
         return torch.stack([normalize(known[number], dim=-1) for number in answers.pictures])
 
-    def scores(self, name: str, answers: Answers) -> torch.Tensor:
+    def scores(self, templates: Sequence[str], answers: Answers) -> torch.Tensor:
         """[N, C]."""
-        templates = published()[name]["templates"]
         text = [self.text(tuple(template.replace("{}", one) for template in templates)) for one in answers.names]
         return self.images(answers) @ torch.stack(text).T
 
@@ -86,8 +92,16 @@ def write_hits(oracle: Oracle, layout: str, root: Path) -> Answers:
     if "labels" not in inspect.signature(write).parameters:
         return answers
     shutil.rmtree(root)
-    order = oracle.scores(name, answers).argsort(dim=1, descending=True).tolist()
+    order = oracle.scores(published()[name]["templates"], answers).argsort(dim=1, descending=True).tolist()
     return write(root, tuple(row[place] for row, place in zip(order, PLACES, strict=False)))
+
+
+def run_eval(folder: Path, given: list[str]) -> dict[str, Any]:
+    """The "benchmarks" of the command's file, of the model in `folder / "run"`."""
+    out = folder / "r.json"
+    arguments = ["run", "--checkpoint", str(folder / "run"), "--device", "cpu", "--batch-size", "16"]
+    assert run_command(command, [*arguments, *given, "--out", str(out)]) == 0
+    return json.loads(out.read_text())["benchmarks"]
 
 
 def evaluate(folder: Path, layouts: list[str]) -> dict[str, dict[str, float]]:
@@ -99,13 +113,10 @@ def evaluate(folder: Path, layouts: list[str]) -> dict[str, dict[str, float]]:
         key, root = f"{LAYOUTS[layout][0]}:{place}", folder / f"set{place}"
         answers[key] = write_hits(oracle, layout, root)
         given += ["--benchmark", f"{key}={root}"]
-    out = folder / "r.json"
-    arguments = ["run", "--checkpoint", str(folder / "run"), "--device", "cpu", "--batch-size", "16"]
-    assert run_command(command, [*arguments, *given, "--out", str(out)]) == 0
-    found = json.loads(out.read_text())["benchmarks"]
+    found = run_eval(folder, given)
     assert list(found) == list(answers)
     for key, wanted in answers.items():
-        scores = oracle.scores(key.partition(":")[0], wanted).tolist()
+        scores = oracle.scores(published()[key.partition(":")[0]]["templates"], wanted).tolist()
         least, most = metrics(scores, wanted, -1e-6), metrics(scores, wanted, 1e-6)
         for metric, value in found[key]["metrics"].items():
             assert least[metric] - 1e-9 <= value <= most[metric] + 1e-9, (key, metric)
@@ -119,6 +130,29 @@ def evaluate(folder: Path, layouts: list[str]) -> dict[str, dict[str, float]]:
 def test_every_classification_set_is_evaluated_as_class_by_class(tmp_path: Path) -> None:
     found = evaluate(tmp_path, QUICK)
     assert sum(metrics["top1"] for metrics in found.values()) / len(found) > 20  # no numbers of chance
+
+
+def test_of_two_classes_of_one_name_the_first_is_answered(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", tiny_config("demo", tmp_path))
+    root = write_wds(tmp_path / "set", "classification")
+    templates = ("a photo of a {}.", "the {}")
+    wanted = Answers(tuple(range(6)), (0, 1, 2, 0, 1, 2), ("tench", "great white shark"), image=webp)
+    oracle = Oracle(load_checkpoint(tmp_path / "run", "teacher"))
+    # The name that picture 0, of class 0, is answered with stands twice, and first.
+    best = int(oracle.scores(templates, wanted)[0].argmax())
+    names = (wanted.names[best], wanted.names[1 - best], wanted.names[best])
+    (root / "classnames.txt").write_text("\n".join(names))
+    wanted = replace(wanted, names=names)
+    found = run_eval(tmp_path, ["--benchmark", f"imagenet={root}"])["imagenet"]["metrics"]
+    scores = oracle.scores(templates, wanted).tolist()
+    assert metrics(scores, wanted, 1e-6) == metrics(scores, wanted, -1e-6)  # rounding decides nothing
+    assert found == pytest.approx(metrics(scores, wanted, 0))
+    assert found["top1"] > 0
+
+
+def webp(number: int) -> Image.Image:
+    """As `write_wds` has it."""
+    return Image.open(io.BytesIO(picture(number, 24 + 8 * number, 40, "WEBP"))).convert("RGB")
 
 
 @pytest.mark.long
