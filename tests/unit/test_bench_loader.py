@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_loader, bench_tokenizer, loader_parts, original_input, sides
+from benchmarks import bench_loader, bench_tokenizer, fed_step, loader_parts, original_input, sides
 from benchmarks.input_shards import training_captions, write_shards
 from benchmarks.loader_setting import Setting, missing_loaders
 from benchmarks.plain_tokenizer import PlainTokenizer
 from benchmarks.rows import Row
+from benchmarks.shapes import mini_step
 from benchmarks.stages import watching
 from cosmos_fast.data.index import Index
 from cosmos_fast.data.tokenizer import tokenize
@@ -149,6 +150,7 @@ def test_the_loader_benchmark_measures_every_part(tmp_path: Path, monkeypatch: p
     context = multiprocessing.get_context("forkserver")  # as fresh as a spawned process, with torch imported
     context.set_forkserver_preload(PRELOADED)
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(fed_step, "mini_step", partial(mini_step, width=64, layers=1))
     small = ["--samples", "4", "--batch", "2", "--width", "64", "--height", "48", "--workers", "1"]
     rows = run(bench_loader.command, small, tmp_path / "loader.json")
     loaders = bench_loader.usable_loaders(None, "cpu")
