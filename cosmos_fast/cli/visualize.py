@@ -69,7 +69,7 @@ def command() -> None:
 @command.command("attention")
 @shared_options
 @click.option("--caption", "captions", multiple=True, help="Shown with every image; repeatable. Default: its own.")
-@click.option("--samples", type=click.IntRange(1), default=6, show_default=True, help="Images to show.")
+@click.option("--samples", type=click.IntRange(1, 200), default=6, show_default=True, help="Images to show.")
 def attention(captions: tuple[str, ...], samples: int, **given: Any) -> None:
     """Cross-attention: where captions look in images, and which words the images look at, from 0 to 1.
 
@@ -137,7 +137,7 @@ def retrieval(texts: tuple[str, ...], files: tuple[Path, ...], samples: int, top
     help="csa=false, pamr_steps=10, ..., as for `eval run`; repeatable.",
 )
 @click.option("--by", type=click.Choice(["colour", "shape"]), default="colour", help="Classes of synthetic shards.")
-@click.option("--samples", type=click.IntRange(1), default=6, show_default=True, help="Images to show.")
+@click.option("--samples", type=click.IntRange(1, 200), default=6, show_default=True, help="Images to show.")
 def segmentation(
     named: tuple[str, ...], file: Path | None, protocol: tuple[str, ...], by: str, samples: int, **given: Any
 ) -> None:
