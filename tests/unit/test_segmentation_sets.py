@@ -21,11 +21,12 @@ from cosmos_fast.evaluate.datasets import class_map_files
 from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.pixels import segmentation_view
 from cosmos_fast.evaluate.protocols import parse, with_protocol
+from cosmos_fast.evaluate.published import evaluate_set
 from cosmos_fast.evaluate.segmentation import IGNORE, SegmentationProtocol
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import CosmosModel
 from tests.benchmark_folders.class_maps import LAYOUTS, png
-from tests.fake_sets import fake_classes
+from tests.fake_sets import fake_classes, fake_maps
 from tests.shards import picture
 from tests.unit.test_eval_cli import tiny_config, write_run
 
@@ -181,6 +182,14 @@ def test_a_broken_map_ends_the_command_in_one_line_and_nothing_is_written(
     assert "2007_000042.png is no map of classes (it holds the class number 200, not one of 0 to 20 and 255)" in error
     assert "Traceback" not in error
     assert not (tmp_path / "r.json").exists()
+
+
+def test_patches_that_are_not_finite_are_refused(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    model, found = load_checkpoint(evaluated[0] / "run", "teacher"), fake_maps(Path())
+    with torch.no_grad():
+        model.visual.proj[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="features of patches hold NaN"):
+        evaluate_set(model, found)
 
 
 def test_a_protocol_of_ones_own(evaluated: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
