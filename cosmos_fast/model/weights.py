@@ -33,8 +33,8 @@ def strip_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_stored(config: ModelConfig, state_dict: Mapping[str, Tensor]) -> None:
-    """Whether a model of these weights may take its memory: they are plain tensors of numbers, each with elements of its
-    own, and about as many as the architecture needs.
+    """Whether a model of these weights may take its memory: they are plain tensors of numbers that share no elements,
+    about as many as the architecture needs.
 
     Raises:
         UserError: they are something else.

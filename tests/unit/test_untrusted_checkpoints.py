@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from cosmos_fast import create_model, load_checkpoint
+from cosmos_fast.engine.checkpoint import find_problem
+from cosmos_fast.model.stored import FORMAT, part_name
 from cosmos_fast.model.weights import CROSSMODAL
 from cosmos_fast.utils.errors import UserError
 from tests.exchange_models import CONFIG
@@ -106,14 +108,22 @@ def test_a_description_takes_no_memory_that_the_weights_do_not(weights, tmp_path
     for name, value in change.items():
         described[name] = {**described[name], **value} if isinstance(value, dict) else value
     file = tmp_path / "model.safetensors"
-    save_file(weights, file, {"format": "cosmos-fast/1", "model": json.dumps(described)})
+    save_file(weights, file, {"format": FORMAT, "model": json.dumps(described)})
     count = sum(tensor.numel() for tensor in weights.values())
     assert re.search(rf"it describes a model of [\d,]{{10,}} weights, and holds {count:,}$", refusal(file))
 
 
+def test_a_manifest_of_any_number_of_parts_is_read_at_once(tmp_path):
+    names = {"state.json": {}, part_name(0, 10**12): {}}
+    for manifest in ({"format": FORMAT, "step": 1, "parts": 10**12, "files": names}, "[" * 10**5):
+        text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+        (tmp_path / "manifest.json").write_text(text)
+        assert find_problem(tmp_path) in ("manifest.json is damaged", f"its manifest names {sorted(names)}")
+
+
 def test_nested_descriptions(weights, tmp_path):
     file = tmp_path / "deep.safetensors"
-    save_file(weights, file, {"format": "cosmos-fast/1", "model": "[" * 10**5})
+    save_file(weights, file, {"format": FORMAT, "model": "[" * 10**5})
     assert "does not say what model its weights are of" in refusal(file)
 
 
