@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from cosmos_fast.cli.start_up import open_loader
 from cosmos_fast.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -21,9 +22,8 @@ SHOWN_OPERATORS = 10
 
 def profile(config: TrainConfig, steps: int) -> None:
     """Profile a run from fresh weights, on all ranks; writes <run folder>/profile/ and leaves all else as it is."""
-    from cosmos_fast.data.loader import build_loader
     from cosmos_fast.engine.out_of_memory import out_of_memory_explained
-    from cosmos_fast.engine.precision import resolve_device, resolve_precision
+    from cosmos_fast.engine.precision import resolve_device
     from cosmos_fast.engine.profiler import profile_run
     from cosmos_fast.engine.run_folder import RunPlan
     from cosmos_fast.engine.trainer import Trainer
@@ -35,17 +35,7 @@ def profile(config: TrainConfig, steps: int) -> None:
     with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
         with ranks.together():
             device = resolve_device(device_of_rank(config.run.device, ranks))
-            loader = build_loader(
-                config.data,
-                image_size=config.model.vision.image_size,
-                context_length=config.model.text.context_length,
-                seed=config.seed,
-                batch_size=config.run.batch_size,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                device=device,
-                image_dtype=resolve_precision(config.run.precision, device).image_dtype,
-            )
+            loader = open_loader(config, device, ranks)
             opened.callback(loader.close)
         timer = PhaseTimer(device)
         with out_of_memory_explained(config):

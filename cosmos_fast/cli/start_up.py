@@ -1,11 +1,9 @@
-"""What stands around a training run of the command: a check that all ranks run the same, and the watchdog."""
+"""What stands around a training run of the command: that all ranks run the same, their batches, and the watchdog."""
 
 from __future__ import annotations
 
 import hashlib
-import platform
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +12,12 @@ import cosmos_kernels
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.config.load import flatten_config
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.versions import versions
 
 if TYPE_CHECKING:
+    import torch
+
+    from cosmos_fast.data.loader import Loader
     from cosmos_fast.engine.hooks import Hook, StepOutcome
     from cosmos_fast.engine.trainer import Trainer
     from cosmos_fast.utils.ranks import Ranks
@@ -63,13 +65,26 @@ def program() -> dict[str, str]:
         root = Path(str(package.__file__)).parent
         for path in sorted(root.rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    found = {"cosmos-fast's code": digest.hexdigest()[:12], "Python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"cosmos-fast's code": digest.hexdigest()[:12], **versions(_PACKAGES)}
+
+
+def open_loader(config: TrainConfig, device: torch.device, ranks: Ranks, position: int = 0) -> Loader:
+    """The batches of this rank, from a position in the data on."""
+    from cosmos_fast.data.loader import build_loader
+    from cosmos_fast.engine.precision import resolve_precision
+
+    return build_loader(
+        config.data,
+        image_size=config.model.vision.image_size,
+        context_length=config.model.text.context_length,
+        seed=config.seed,
+        batch_size=config.run.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        start_position=position,
+        device=device,
+        image_dtype=resolve_precision(config.run.precision, device).image_dtype,
+    )
 
 
 def watch_hooks(trainer: Trainer, watchdog: Watchdog) -> None:

@@ -12,7 +12,7 @@ import click
 
 from cosmos_fast.cli import batch_size, profiling
 from cosmos_fast.cli.named_paths import named_paths
-from cosmos_fast.cli.start_up import check_command, check_data, watch_hooks
+from cosmos_fast.cli.start_up import check_command, check_data, open_loader, watch_hooks
 from cosmos_fast.config import TrainConfig, dump_config, load_config
 from cosmos_fast.recipes import RECIPES, get_recipe
 from cosmos_fast.utils.errors import UserError
@@ -21,9 +21,7 @@ from cosmos_fast.utils.logging import get_logger, setup_logging
 if TYPE_CHECKING:
     import torch
 
-    from cosmos_fast.data.loader import Loader
     from cosmos_fast.engine.hooks import Validator
-    from cosmos_fast.engine.run_folder import RunPlan
     from cosmos_fast.utils.ranks import Ranks
 
 _log = get_logger("cosmos_fast.cli.train")  # also where a launcher calls this module __main__
@@ -168,7 +166,7 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
             device = resolve_device(device_of_rank(config.run.device, ranks))
         validators = make_validators(config, ranks)
         with ranks.together(), out_of_memory_explained(config):
-            loader = open_loader(config, plan, device, ranks)
+            loader = open_loader(config, device, ranks, plan.state.position)
             opened.callback(loader.close)
         check_data(ranks, loader.identity, loader.samples_per_epoch)
         watchdog = opened.enter_context(Watchdog(config.run.watchdog_s, plan.folder, ranks))
@@ -181,25 +179,6 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     stopped = f"stopped by {trainer.stop.signal_name or 'another rank'}, continue with --resume"
     done = "finished" if trainer.finished else stopped
     _log.info("%s: %s at step %d of %d", config.name, done, trainer.state.step, trainer.total_steps)
-
-
-def open_loader(config: TrainConfig, plan: RunPlan, device: torch.device, ranks: Ranks) -> Loader:
-    """The batches of this rank, from where the plan continues."""
-    from cosmos_fast.data.loader import build_loader
-    from cosmos_fast.engine.precision import resolve_precision
-
-    return build_loader(
-        config.data,
-        image_size=config.model.vision.image_size,
-        context_length=config.model.text.context_length,
-        seed=config.seed,
-        batch_size=config.run.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        start_position=plan.state.position,
-        device=device,
-        image_dtype=resolve_precision(config.run.precision, device).image_dtype,
-    )
 
 
 def make_validators(config: TrainConfig, ranks: Ranks) -> Sequence[Validator]:

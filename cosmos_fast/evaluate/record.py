@@ -7,7 +7,6 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from cosmos_fast.evaluate.datasets.sets import EvalSet, task_of
 from cosmos_fast.evaluate.scenes import SceneSet
 from cosmos_fast.evaluate.tasks import TaskResult
+from cosmos_fast.utils import versions as installed
 from cosmos_fast.utils.ranks import ONE, Ranks
 
 PACKAGES = ("cosmos-fast", "torch", "numpy", "pillow", "tokenizers")
@@ -23,13 +23,7 @@ PACKAGES = ("cosmos-fast", "torch", "numpy", "pillow", "tokenizers")
 
 def versions() -> dict[str, str]:
     """Python and the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return installed.versions(PACKAGES)
 
 
 def machine() -> dict[str, Any]:
