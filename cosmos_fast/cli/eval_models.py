@@ -13,6 +13,7 @@ import torch
 from cosmos_fast.cli.eval_shown import evaluate_all, pick_device, print_benchmarks, print_table, progress_bar
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data.storage import Storage
+from cosmos_fast.engine.out_of_memory import is_out_of_memory
 from cosmos_fast.engine.precision import resolve_precision
 from cosmos_fast.evaluate import record
 from cosmos_fast.evaluate.batch_fit import fitting_batch
@@ -73,9 +74,9 @@ def measure_all(asked: Asked, ranks: Ranks) -> dict[str, Any]:
     with ranks.together():
         device = torch.device(pick_device(device_of_rank(asked.device, ranks)))
         precision = resolve_precision(asked.precision, device).name
+        held = open_all(asked)  # before a checkpoint is downloaded
         files = weights_files(asked)
         models = {name: load_checkpoint(file, cast(WeightsOf, name)) for name, file in files.items()}
-        held = open_all(asked)
     for name, one in held.sets.items():
         if not ranks.all_equal(one.sha256):
             raise UserError(f"{name}: {asked.benchmarks[name]} does not hold the same on every rank: copy it again")
@@ -147,7 +148,15 @@ def _on_set(model: CosmosModel, found: EvalSet, settings: Settings, label: str, 
         images = bar.add_task(f"{label} {found.name}, images".strip(), total=-(-len(found.images) // width))
         texts = bar.add_task(f"{label} {found.name}, texts".strip(), total=-(-texts_of(found) // width))
         told = replace(settings, on_image=partial(bar.advance, images), on_text=partial(bar.advance, texts))
-        return evaluate_set(model, found, told, division)
+        try:
+            return evaluate_set(model, found, told, division)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{found.name}: memory ran out with batches of {settings.batch_size}: give a smaller --batch-size, or "
+                "--precision bf16"
+            ) from None
 
 
 def show(asked: Asked, content: Mapping[str, Any]) -> None:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from cosmos_fast.cli.eval import command
 from cosmos_fast.cli.main import run as run_command
-from cosmos_fast.evaluate.datasets.registry import READERS
+from cosmos_fast.evaluate.datasets.registry import READERS, open_set
+from cosmos_fast.evaluate.datasets.sets import ClassificationSet, RetrievalSet, part_of
 from cosmos_fast.model.checkpoints import load_checkpoint
+from cosmos_fast.model.cosmos import CosmosModel
 from tests.fake_sets import FAKE_READERS, accuracy_alone, fake_captions, fake_classes, recalls_alone
 from tests.unit.test_eval_cli import tiny_config, write_run
 
@@ -71,7 +74,16 @@ def test_both_models_on_two_sets_give_what_a_plain_loop_finds(
         assert text in shown
 
 
-def test_batches_and_precision_change_nothing_that_matters(place: Path, tmp_path: Path) -> None:
+def test_batches_and_precision_change_nothing_that_matters(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, in_bf16 = CosmosModel.encode_image, []
+
+    def encode(model: CosmosModel, pixels: torch.Tensor, normalize: bool = True) -> torch.Tensor:
+        in_bf16.append(torch.is_autocast_enabled("cpu"))
+        return plain(model, pixels, normalize)
+
+    monkeypatch.setattr(CosmosModel, "encode_image", encode)
     found = [
         result(place, tmp_path / f"{number}.json", *more)["benchmarks"]["fake"]
         for number, more in enumerate((["--batch-size", "1"], ["--batch-size", "7"], [], ["--precision", "bf16"]))
@@ -79,6 +91,7 @@ def test_batches_and_precision_change_nothing_that_matters(place: Path, tmp_path
     assert found[0]["metrics"] == found[1]["metrics"] == found[2]["metrics"]
     assert [one["protocol"]["batch_size"] for one in found] == [1, 7, 32, 32]
     assert [one["protocol"]["precision"] for one in found] == ["fp32"] * 3 + ["bf16"]
+    assert in_bf16 == [False] * (7 + 1 + 1) + [True]
 
 
 def test_some_samples_are_spread_over_the_set_and_are_another_split(place: Path, tmp_path: Path) -> None:
@@ -88,6 +101,19 @@ def test_some_samples_are_spread_over_the_set_and_are_another_split(place: Path,
     assert part["benchmarks"]["things"]["sha256"] != whole["sha256"]
     all_of_it = result(place, tmp_path / "c.json", "--max-samples", "9", benchmark="things={place}/set")
     assert all_of_it["benchmarks"]["things"] == whole
+
+
+def test_a_part_has_its_own_answers_and_its_own_digest(place: Path) -> None:
+    named, captioned = fake_classes(place), fake_captions(place / "set")
+    part = part_of(named, 3)
+    assert [part.images.key(number) for number in range(3)] == ["0.jpg", "2.jpg", "4.jpg"]
+    assert isinstance(part, ClassificationSet)
+    assert part.labels == (0, 0, 1)
+    texts = part_of(captioned, 2)
+    assert isinstance(texts, RetrievalSet)
+    assert texts.captions == (captioned.captions[0], captioned.captions[3])
+    assert texts.images.image(1).size == captioned.images.image(3).size
+    assert len({part_of(named, count).sha256 for count in range(1, 8)}) == 7
 
 
 CLASS_FILES = {
@@ -170,6 +196,21 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_memory_that_runs_out_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def encode(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(CosmosModel, "encode_image", encode)
+    assert run_command(command, arguments(place, tmp_path / "r.json", "--batch-size", "5")) == 2
+    said = capsys.readouterr().err
+    assert "memory ran out with batches of 5: give a smaller --batch-size" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sets_lists_what_there_is_and_prints_a_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(command, ["sets"]) == 0
     shown = capsys.readouterr().out
@@ -188,3 +229,4 @@ def test_a_reader_serves_several_folders_under_names_of_ones_own(place: Path, tm
     found = result(place, tmp_path / "r.json", *more)["benchmarks"]
     assert list(found) == ["fake", "fake:blue"]
     assert found["fake"]["sha256"] != found["fake:blue"]["sha256"]
+    assert open_set("fake:blue", place / "second").name == "fake:blue"

@@ -13,6 +13,7 @@ import pytest
 from cosmos_fast.cli.eval import command
 from cosmos_fast.cli.main import run as run_command
 from cosmos_fast.evaluate.comparison import compare
+from cosmos_fast.evaluate.tables import rows
 from cosmos_fast.utils.errors import UserError
 
 METRICS = {f"{way}_{key}": 10.0 for way in ("i2t", "t2i") for key in ("r1", "r5", "r10", "mean_rank", "median_rank")}
@@ -26,6 +27,9 @@ COCO = {
 }
 IMAGENET = {**COCO, "task": "classification", "split": "val", "metrics": {"top1": 37.1, "top5": 60.0}, "chance": {}}
 CHECKPOINT = {"name": "x.pt", "weights": "teacher", "sha256": "b" * 64}
+
+
+LINES = [f"{way} R@{k}" for way in ("image → text", "text → image") for k in (1, 5, 10)]
 
 
 def written(path: Path, *, benchmarks: Mapping[str, Any], **changes: Any) -> Path:
@@ -50,12 +54,25 @@ def test_two_files_stand_side_by_side_with_the_best_and_what_differs(
     b = written(tmp_path / "b.json", benchmarks={"coco": better}, versions={"torch": "2.6"})
     assert run_command(command, ["compare", str(a), str(b)]) == 0
     shown = capsys.readouterr().out
-    for text in ("coco, val2017", "a teacher", "b teacher", "53.12", "10.00", "imagenet: in a teacher only"):
+    for text in ("coco, val2017", "a teacher", "b teacher", "53.12", "10.00", *LINES, "imagenet: in a teacher only"):
         assert text in shown
     assert "coco: precision is fp32 in a teacher, bf16 in b teacher" in shown
     assert f"version of torch is 2.13 in {a}, 2.6 in {b}" in shown
     assert "batch_size" not in shown
     assert "top-1" not in shown
+
+
+def test_the_best_is_marked_as_it_is_printed_and_only_where_there_is_one() -> None:
+    numbers = {
+        "a": {"i2t_r1": 10.0, "i2t_mean_rank": 3.0},
+        "b": {"i2t_r1": 9.0, "i2t_mean_rank": 2.0},
+        "c": {"i2t_r1": 9.999},
+    }
+    best = {row.label: row.best() for row in rows("retrieval", numbers)}
+    assert best == {"image → text R@1": {"a", "c"}, "image → text mean rank": {"b"}}
+    (equal,) = rows("classification", {"a": {"top1": 5.0}, "b": {"top1": 5.001}})
+    (alone,) = rows("classification", {"a": {"top1": 5.0}, "b": {"miou": 3.0, "top1": float("nan")}})
+    assert equal.best() == alone.best() == set()
 
 
 def test_models_of_one_file_and_files_of_one_name_have_columns_of_their_own(tmp_path: Path) -> None:

@@ -72,10 +72,10 @@ def test_mistakes_stop_the_training_before_anything_is_written(
 def test_benchmarks_in_a_configuration(tmp_path: Path) -> None:
     config = tiny_config("demo", tmp_path)
     assert load_config(
-        config, ["evaluate.benchmarks={coco: /a}", "evaluate.benchmarks.wds:x=/{b}"]
+        config, ["evaluate.benchmarks={coco: /a}", "evaluate.benchmarks.wds:x=2017"]
     ).evaluate.benchmarks == {
         "coco": "/a",
-        "wds:x": "/{b}",
+        "wds:x": "2017",
     }
     with pytest.raises(ValueError, match=r"evaluate\.benchmarks"):
         load_config(config, ["evaluate.benchmarks=[coco]"])
