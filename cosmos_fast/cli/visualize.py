@@ -98,7 +98,7 @@ def attention(captions: tuple[str, ...], samples: int, **given: Any) -> None:
 @click.option("--text", "texts", multiple=True, help="Rank the images for this text; repeatable.")
 @click.option("--query", "files", type=A_PATH, multiple=True, help="Rank captions (or images) for this image file.")
 @click.option(
-    "--samples", type=click.IntRange(1), default=6, show_default=True, help="Of its own, if no query is given."
+    "--samples", type=click.IntRange(1, 200), default=6, show_default=True, help="Of its own, if no query is given."
 )
 @click.option("--top", type=click.IntRange(1, 100), default=10, show_default=True, help="Answers to show.")
 def retrieval(texts: tuple[str, ...], files: tuple[Path, ...], samples: int, top: int, **given: Any) -> None:
