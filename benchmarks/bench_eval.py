@@ -81,7 +81,7 @@ class Setting:
 
 
 SETTINGS = {
-    "cpu": Setting(device="cpu", images=8, batch=2, scenes=3, window_batch=9, layers=2, prompted=2),
+    "cpu": Setting(device="cpu", images=6, batch=2, scenes=2, window_batch=12, layers=2, prompted=2),
     "cuda": Setting(device="cuda", images=1024, batch=128, scenes=64, window_batch=256, layers=12, prompted=90),
 }
 TINY_MODEL = replace(
@@ -222,7 +222,7 @@ def measure_class_texts(setting: Setting, repeats: int) -> Iterator[Row]:
 
 @click.command(name="eval", help=__doc__, context_settings={"show_default": True})
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the model runs.")
-@click.option("--images", type=click.IntRange(1), help="Images encoded; default: 8 on a CPU, 1024 on a GPU.")
+@click.option("--images", type=click.IntRange(1), help="Images encoded; default: 6 on a CPU, 1024 on a GPU.")
 @click.option("--repeats", type=click.IntRange(MIN_REPEATS), default=MIN_REPEATS, help="Timed repetitions.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="JSON file; default: results folder.")
 def command(device: str, images: int | None, repeats: int, out: Path | None) -> None:
