@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from cosmos_fast.evaluate.datasets import registry
 from cosmos_fast.evaluate.datasets.class_folders import caltech_folders
 from cosmos_fast.evaluate.datasets.class_sets import class_set, published
 from cosmos_fast.evaluate.datasets.registry import READERS, open_set
@@ -138,3 +140,23 @@ def test_a_bitmap_called_jpg_is_read_where_sets_hold_some(tmp_path: Path) -> Non
     (tmp_path / "SUN397" / found.images.key(0)).write_bytes(stream.getvalue())
     with pytest.raises(UserError, match="is broken"):
         found.images.image(0)
+
+
+def test_the_log_says_where_images_are_fewer_than_published(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of images may lack some that no list names."""
+    layout = next(layout for layout, (name, _) in LAYOUTS.items() if name == "imagenet")
+    count = len(LAYOUTS[layout][1](tmp_path).pictures)
+    monkeypatch.setitem(registry.PUBLISHED_IMAGES, "imagenet", (count,))
+    with caplog.at_level(logging.WARNING, "cosmos_fast"):
+        open_set("imagenet", tmp_path)
+        assert caplog.messages == []
+        monkeypatch.setitem(registry.PUBLISHED_IMAGES, "imagenet", (50_000,))
+        open_set("imagenet", tmp_path)
+    expected = f"holds {count:,} images, the published set has 50,000: figures of others do not compare with it"
+    assert [line.endswith(expected) for line in caplog.messages] == [True]
+
+
+def test_published_counts_are_of_sets_that_there_are() -> None:
+    assert set(registry.PUBLISHED_IMAGES) == set(READERS) - {"caltech101", "captions", "wds"}
