@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cosmos_fast.evaluate.encoder import Encoder
 from cosmos_fast.evaluate.prompts import ClassSet
-from cosmos_fast.evaluate.retrieval import BLOCK_ELEMENTS, ranks_of_targets
+from cosmos_fast.evaluate.retrieval import BLOCK_ELEMENTS, ranks_of_targets, score_blocks
 
 TOP_K = (1, 5)
 
@@ -34,8 +34,7 @@ def class_ranks(image_BD: Tensor, class_CD: Tensor, label_B: Tensor, same_C: Ten
         raise ValueError(f"{len(image_BD)} images and {len(label_B)} labels: give one label per image, at least one")
     step = max(1, BLOCK_ELEMENTS // len(class_CD))
     ranks = []
-    for start in range(0, len(image_BD), step):
-        scores_BC = image_BD[start : start + step] @ class_CD.T
+    for start, scores_BC in score_blocks(image_BD, class_CD, step):
         if same_C is not None:
             # Equal columns of a product may differ in their last bits; taken from one, they do not.
             scores_BC = scores_BC[:, same_C.to(scores_BC.device)]

@@ -60,8 +60,8 @@ def open_set(name: str, root: Path) -> EvalSet:
     """The set that a folder holds, under the name given: a reader's ("wds"), or that with a word of one's own behind a
     colon ("wds:birds"), so that a reader can serve several folders.
 
-    A folder may lack images that no list names: where there are not as many as published, the log says so. UserError: no
-    such set, another layout.
+    A folder may lack images that no list names: where there are not as many as published, the log says so.
+    UserError: no such set, another layout.
     """
     reader = reader_of(name.partition(":")[0])
     found = reader.open(root)
