@@ -89,6 +89,11 @@ def tokenizer():
     return [get("tokenizer", "plain_batch_ms"), get("tokenizer", "batch_ms"), *against_bar("tokenizer", "batch_ms")]
 
 
+def evaluated(metric):
+    """Cells "straightforward | here | ratio | bar"."""
+    return [get("eval", f"{metric}/baseline"), get("eval", metric), *against_bar("eval", metric)]
+
+
 def ranks(world, stage):
     """Cells "step | teacher in parts | peak memory | in parts | the plan's step": ms and MiB, the others ratios."""
     case = f"{world} ranks, stage {stage}"
@@ -110,6 +115,19 @@ def gathers(world):
 PERFORMANCE, KERNELS, DATA, README = "docs/performance.md", "docs/kernels.md", "docs/data.md", "README.md"
 SCALE = "docs/scale.md"
 RANKED = re.findall(r"^\| (?:(losses) of )?(\d) ranks(?:, stage (\d))? \|", (ROOT / SCALE).read_text(), re.M)
+SAVED = {
+    "waiting_ms/against_none": "training waits for the save, against no save",
+    "background_ms/against_none": "saved in the background, against no save",
+    "background_ms/against_waiting": "saved in the background, against waiting",
+}
+EVALUATED = {
+    "image_ms": "JPEGs to features, ViT-B/16, against its tower on pixels in memory, an image",
+    "caption_ms": "captions to features, against its tower on ids in memory, a caption",
+    "retrieval_ms": "retrieval metrics of 5,000 images and 25,000 captions, against sorting all scores",
+    "segmentation_ms": "segmentation into 150 classes, ViT-B/16's width, two blocks, against image by image",
+    "class_texts_ms": "80 prompts a class, width 512, two blocks, against class by class with all padding, a class",
+    "retrieval_peak_mib": "peak memory of those retrieval metrics, features included, MiB",
+}
 # Document, how a line begins, the numbers that follow on it.
 QUOTED = [
     (PERFORMANCE, "| teacher |", lambda: phase("teacher")),
@@ -148,6 +166,8 @@ QUOTED = [
     (PERFORMANCE, "| `checkpoint_activations=blocks` |", lambda: saved("checkpoint_activations=blocks")),
     (PERFORMANCE, "| `compile=true` |", lambda: saved("compile=True")),
     (PERFORMANCE, "| both `compile=true` and `mlp` |", lambda: saved("compile=True, checkpoint_activations=mlp")),
+    *((SCALE, f"| {what} |", partial(lambda name: [ratio("checkpoint", name)], name)) for name, what in SAVED.items()),
+    *((PERFORMANCE, f"| {what} |", partial(evaluated, metric)) for metric, what in EVALUATED.items()),
     (KERNELS, "| 16 crops of 197 tokens |", lambda: attention("global crops")),
     (KERNELS, "| 48 crops of 37 tokens |", lambda: attention("local crops")),
     (KERNELS, "| 56 captions of 12 to 66 tokens, causal |", lambda: attention("captions")),
