@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement of maps (PAMR, Araslanov and Roth, CVPR 2020): a pixel takes from neighbours of its colour.
+"""Pixel-adaptive refinement of maps (PAMR, CVPR 2020, arXiv 2005.08104): a pixel takes from neighbours of its colour.
 
 Axis legend: S maps, K neighbours, H, W pixels.
 
