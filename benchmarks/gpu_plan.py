@@ -55,12 +55,12 @@ def plan() -> list[Step]:
         _bench("distill"),
         _bench("loader", modules=INPUT, limit_s=120, least_s=40),
         _bench("tokenizer", modules=INPUT),
-        _bench("eval", modules=INPUT, limit_s=90, least_s=30),
+        _bench("eval", modules=INPUT, limit_s=90),
         _bench("rates"),
     ]
     for name in SWEPT:
         command = ("-m", "benchmarks.sweeps", name, "--device", "cuda", "--budget-s", "{budget}", "--folder", "{out}")
-        steps.append(Step(name=f"sweep {name}", command=command, limit_s=50, least_s=10, modules=COMMANDS))
+        steps.append(Step(name=f"sweep {name}", command=command, limit_s=50, least_s=7, modules=COMMANDS))
     found = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     placed = {step.name.split()[1] for step in steps if step.name.startswith("bench ")}
     steps += [_bench(name) for name in sorted(found - placed)]

@@ -1,4 +1,4 @@
-"""`bench checkpoint` on a tiny model: both ways are timed only where they leave the same checkpoint behind."""
+"""`benchmarks.checkpoint_cost` on a tiny model: both ways are timed only where they leave the same checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_checkpoint
-from benchmarks.bench_checkpoint import Setting
+from benchmarks import checkpoint_cost
+from benchmarks.checkpoint_cost import Setting
 from cosmos_fast.engine import checkpointer
 from tests.tiny_run import tiny_config
 
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr(bench_checkpoint, "get_recipe", lambda _: tiny_config(tmp_path))
+    monkeypatch.setattr(checkpoint_cost, "get_recipe", lambda _: tiny_config(tmp_path))
     return Setting(steps=2, batch=2, device="cpu", folder=tmp_path)
 
 
 def test_saves_are_timed_against_none(setting: Setting) -> None:
-    alone, saving = bench_checkpoint.measure(setting, "none", "background", repeats=7)
+    alone, saving = checkpoint_cost.measure(setting, "none", "background", repeats=7)
     assert (alone.metric, saving.metric) == ("none_ms/against_background", "background_ms/against_none")
     assert saving.baseline == "no save"
     assert saving.ratio is not None
@@ -42,8 +42,8 @@ def test_a_save_of_a_later_step_is_found(setting: Setting, monkeypatch: pytest.M
     monkeypatch.setattr(checkpointer._Saving, "wait", wait)
     monkeypatch.setattr(checkpointer._Saving, "is_writing", True)
     if copies:
-        bench_checkpoint.check(setting)
+        checkpoint_cost.check(setting)
         return
     monkeypatch.setattr(checkpointer, "_copied", dict)
     with pytest.raises(AssertionError, match="student differs"):
-        bench_checkpoint.check(setting)
+        checkpoint_cost.check(setting)
