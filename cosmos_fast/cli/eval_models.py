@@ -18,8 +18,8 @@ from cosmos_fast.engine.precision import resolve_precision
 from cosmos_fast.evaluate import record
 from cosmos_fast.evaluate.batch_fit import fitting_batch
 from cosmos_fast.evaluate.class_files import with_classes
-from cosmos_fast.evaluate.datasets.registry import open_set
-from cosmos_fast.evaluate.datasets.sets import EvalSet, part_of
+from cosmos_fast.evaluate.datasets.registry import open_sets, require_same
+from cosmos_fast.evaluate.datasets.sets import EvalSet
 from cosmos_fast.evaluate.division import Division
 from cosmos_fast.evaluate.encoder import InBf16
 from cosmos_fast.evaluate.protocols import with_protocol
@@ -77,9 +77,7 @@ def measure_all(asked: Asked, ranks: Ranks) -> dict[str, Any]:
         held = open_all(asked)  # before a checkpoint is downloaded
         files = weights_files(asked)
         models = {name: load_checkpoint(file, cast(WeightsOf, name)) for name, file in files.items()}
-    for name, one in held.sets.items():
-        if not ranks.all_equal(one.sha256):
-            raise UserError(f"{name}: {asked.benchmarks[name]} does not hold the same on every rank: copy it again")
+    require_same(held.sets, asked.benchmarks, ranks)
     digests = ranks.on_first(lambda: {str(file): sha256_of(file) for file in files.values()})
     found: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
@@ -110,7 +108,7 @@ def weights_files(asked: Asked) -> dict[str, Path]:
 
 def open_all(asked: Asked) -> Held:
     """Every set and the shards, before anything is measured. UserError."""
-    sets = {name: part_of(open_set(name, path), asked.max_samples) for name, path in asked.benchmarks.items()}
+    sets = open_sets(asked.benchmarks, asked.max_samples)
     if asked.classes is not None:
         sets = {name: with_classes(found, asked.classes) for name, found in sets.items()}
     sets = with_protocol(sets, asked.protocol)

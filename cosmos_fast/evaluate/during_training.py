@@ -8,13 +8,12 @@ from typing import Any, cast
 from torch import nn
 
 from cosmos_fast.config.train import TrainConfig
-from cosmos_fast.evaluate.datasets.registry import open_set
-from cosmos_fast.evaluate.datasets.sets import part_of, task_of
+from cosmos_fast.evaluate.datasets.registry import open_sets, require_same
+from cosmos_fast.evaluate.datasets.sets import task_of
 from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.published import evaluate_set
 from cosmos_fast.evaluate.set_runs import Settings
 from cosmos_fast.evaluate.tables import HEADLINES
-from cosmos_fast.utils.errors import UserError
 
 
 class BenchmarkValidator:
@@ -27,14 +26,10 @@ class BenchmarkValidator:
     def __init__(self, config: TrainConfig, division: Division = ALONE) -> None:
         asked = config.evaluate
         self.division, self.settings = division, Settings(batch_size=asked.batch_size)
+        folders = {name: Path(path).expanduser() for name, path in asked.benchmarks.items()}
         with division.together():
-            self.sets = {
-                name: part_of(open_set(name, Path(path).expanduser()), asked.max_samples)
-                for name, path in asked.benchmarks.items()
-            }
-        for name, found in self.sets.items():
-            if not division.ranks.all_equal(found.sha256):
-                raise UserError(f"{name}: {asked.benchmarks[name]} does not hold the same on every rank: copy it again")
+            self.sets = open_sets(folders, asked.max_samples)
+        require_same(self.sets, folders, division.ranks)
 
     def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
         row: dict[str, float] = {}

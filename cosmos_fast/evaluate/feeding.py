@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ from cosmos_fast.evaluate.encoder import Encoder
 MAX_THREADS = 16
 # A batch is read while the model works on another; one more evens out slow files.
 BATCHES_AHEAD = 2
+Item = TypeVar("Item")
 
 
 def reader_threads(processes_here: int = 1) -> int:
@@ -33,31 +38,41 @@ def central_square(images: Images, number: int, size: int) -> Tensor:
     return to_pixels(eval_crop(images.image(number), size))
 
 
+def ahead(read: Callable[[int], Item], numbers: Iterable[int], threads: int, waiting: int) -> Generator[Item]:
+    """read(number) of each number, in order; at most so many of them wait for the taker."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="evaluation")
+    queue: deque[Future[Item]] = deque()
+    try:
+        for number in numbers:
+            queue.append(pool.submit(read, number))
+            if len(queue) > waiting:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def batches_ahead(
-    images: Images, blocks: Iterable[Sequence[int]], size: int, threads: int | None = None
-) -> Iterator[Tensor]:
-    """uint8 [B, 3, S, S] of each block of numbers, in order; at most BATCHES_AHEAD of them wait for the taker.
+    images: Images, blocks: Sequence[Sequence[int]], size: int, threads: int | None = None
+) -> Generator[Tensor]:
+    """uint8 [B, 3, S, S] of each block of numbers, in order; as many images as BATCHES_AHEAD of the largest hold wait
+    for the taker at most.
 
     UserError where an image is broken.
     """
-    pool = ThreadPoolExecutor(threads or reader_threads(), thread_name_prefix="evaluation")
-    waiting: deque[list[Future[Tensor]]] = deque()
-    try:
+    read = partial(central_square, images, size=size)
+    waiting = BATCHES_AHEAD * max(map(len, blocks), default=0)
+    with closing(ahead(read, chain.from_iterable(blocks), threads or reader_threads(), waiting)) as squares:
         for numbers in blocks:
-            waiting.append([pool.submit(central_square, images, number, size) for number in numbers])
-            if len(waiting) > BATCHES_AHEAD:
-                yield torch.stack([future.result() for future in waiting.popleft()])
-        while waiting:
-            yield torch.stack([future.result() for future in waiting.popleft()])
-    finally:
-        pool.shutdown(cancel_futures=True)
+            yield torch.stack(list(islice(squares, len(numbers))))
 
 
 @torch.no_grad()
 def encode_blocks(
     model: Encoder,
     images: Images,
-    blocks: Iterable[Sequence[int]],
+    blocks: Sequence[Sequence[int]],
     size: int,
     threads: int | None = None,
     on_image: Callable[[], object] = lambda: None,

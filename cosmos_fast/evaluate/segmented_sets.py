@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from cosmos_fast.evaluate import chance
 from cosmos_fast.evaluate.datasets.sets import SegmentationSet
 from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.encoder import Model
-from cosmos_fast.evaluate.feeding import reader_threads
+from cosmos_fast.evaluate.feeding import ahead, reader_threads
 from cosmos_fast.evaluate.pixels import segmentation_view
 from cosmos_fast.evaluate.prompts import synonym_features
 from cosmos_fast.evaluate.segmentation import (
@@ -36,7 +35,6 @@ from cosmos_fast.utils.errors import UserError
 
 # Images whose windows share batches. More would leave ranks without work at the end, fewer fill batches badly.
 IMAGES_A_BLOCK = 32
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def segmented(
         return _Read(segmentation_view(image, window, protocol), found.truth(number))
 
     def inputs() -> Iterator[tuple[Tensor, tuple[int, int]]]:
-        for one in ahead(read, numbers, threads):
+        for one in ahead(read, numbers, threads, waiting=threads + 1):
             truths.append(torch.from_numpy(one.truth_HW))
             yield one.pixels_3HW, (one.truth_HW.shape[0], one.truth_HW.shape[1])
 
@@ -98,21 +96,6 @@ def segmented(
     for (predicted_HW,) in maps:
         yield predicted_HW, truths.popleft()
         on_image()
-
-
-def ahead(read: Callable[[int], Item], numbers: Iterable[int], threads: int) -> Iterator[Item]:
-    """read(number) of each number, in order; so many threads are that many and one more of them ahead."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="evaluation")
-    waiting: deque[Future[Item]] = deque()
-    try:
-        for number in numbers:
-            waiting.append(pool.submit(read, number))
-            if len(waiting) > threads + 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _result(

@@ -41,7 +41,7 @@ def test_no_more_than_a_few_batches_are_read_ahead() -> None:
     for taken in range(1, 5):
         next(batches)
         assert images.reads <= 2 * (taken + BATCHES_AHEAD)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     assert images.reads <= 2 * (4 + BATCHES_AHEAD)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("evaluation")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from cosmos_fast.evaluate.datasets import (
     segmentation_folders,
     wds,
 )
-from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader
+from cosmos_fast.evaluate.datasets.sets import EvalSet, Reader, part_of
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.logging import get_logger
-from cosmos_fast.utils.ranks import place_of_environment
+from cosmos_fast.utils.ranks import Ranks, place_of_environment
 
 _log = get_logger(__name__)
 
@@ -73,3 +74,15 @@ def open_set(name: str, root: Path) -> EvalSet:
             *(name, root, f"{len(found.images):,}", numbers),
         )
     return replace(found, name=name) if ":" in name else found
+
+
+def open_sets(folders: Mapping[str, Path], max_images: int | None) -> dict[str, EvalSet]:
+    """The set of each name, or so many of its images. UserError."""
+    return {name: part_of(open_set(name, folder), max_images) for name, folder in folders.items()}
+
+
+def require_same(sets: Mapping[str, EvalSet], folders: Mapping[str, Path], ranks: Ranks) -> None:
+    """Collective. UserError, on every rank, where ranks do not hold the same: their parts would not be of one set."""
+    for name, found in sets.items():
+        if not ranks.all_equal(found.sha256):
+            raise UserError(f"{name}: {folders[name]} does not hold the same on every rank: copy it again")
