@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.group_end import group_ended
 from cosmos_fast.utils.network import INTERFACE, LostRanks, choose_interface, lost_ranks_explained
 from cosmos_fast.utils.rendezvous import keeps_store, store_of_this_try
 
@@ -214,7 +215,8 @@ def device_of_rank(request: str, place: Ranks) -> str:
 def joined_ranks(
     device_request: str = "auto", *, timeout_s: float = TIMEOUT_S, always: bool = False, meeting: str = ""
 ) -> Iterator[Ranks]:
-    """The ranks of this run with their process group, which ends with the block: gloo on CPUs, NCCL on GPUs.
+    """The ranks of this run with their process group, which ends with the block (NCCL's, where the block raises, with
+    the process): gloo on CPUs, NCCL on GPUs.
 
     Args:
         device_request: as in run.device.
@@ -240,11 +242,9 @@ def joined_ranks(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # needs no port
     else:
         _meet(place, backend, timeout_s, meeting)
-    try:
-        with lost_ranks_explained(place.rank, place.world_size):
-            yield _with_groups(place, device, timeout_s)
-    finally:
-        dist.destroy_process_group()
+    waits = backend == "nccl" and place.world_size > 1
+    with group_ended(waits=waits), lost_ranks_explained(place.rank, place.world_size):
+        yield _with_groups(place, device, timeout_s)
 
 
 def _meet(place: Ranks, backend: str, timeout_s: float, meeting: str) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
+from cosmos_fast.utils import group_end
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.ranks import Ranks, _with_groups, device_of_rank, joined_ranks, place_of_environment
-from tests.ranks import environment, run_ranks
+from tests.ranks import TIMEOUT_S, environment, run_ranks
 
 TORCHRUN = environment(rank=1, world=4, port=29500)
 WORLD = 3
@@ -89,6 +93,45 @@ def test_one_process_needs_no_group_and_tells_itself() -> None:
         assert dist.get_world_size() == 1
         assert ranks.group is None
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fails", "is_shut_down"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_a_rank_that_fails_does_not_wait_for_others(
+    gpus: bool, fails: bool, is_shut_down: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which NCCL's shutdown would do. The process has so many seconds from its exit handlers on."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    ended: list[str] = []
+    left_to_exit: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("cosmos_fast.utils.ranks._meet", lambda *_: None)
+    monkeypatch.setattr("cosmos_fast.utils.ranks._with_groups", lambda place, *_: place)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append("shut down"))
+    monkeypatch.setattr(atexit, "register", left_to_exit.append)
+    if fails:
+        with pytest.raises(UserError, match=r"^no data$"), joined_ranks():
+            raise UserError("no data")
+    else:
+        with joined_ranks():
+            pass
+    assert ended == ["shut down"] * is_shut_down
+    assert left_to_exit == [group_end.end_in_time] * (not is_shut_down)
+
+
+def _hang_at_the_end(rank: int) -> None:
+    group_end.END_S = 1
+    group_end.end_in_time()
+    time.sleep(TIMEOUT_S)
+
+
+def test_a_process_whose_abort_hangs_ends_all_the_same() -> None:
+    with pytest.raises(mp.ProcessExitedException, match="SIGALRM"):
+        mp.start_processes(_hang_at_the_end, nprocs=1, start_method="forkserver")
 
 
 def _tell(folder: str) -> None:
