@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cosmos_fast.config import TrainConfig, dump_config, load_config
+from cosmos_fast.config import RunConfig, TrainConfig, dump_config, load_config
 from cosmos_fast.config.load import flatten_config
 from cosmos_fast.engine import checkpoint
 from cosmos_fast.engine.metrics import drop_rows_after
@@ -18,6 +18,7 @@ from cosmos_fast.engine.state import TrainState
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import FolderLock, write_atomic
 from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
+from cosmos_fast.utils.ranks import Ranks
 
 _log = get_logger(__name__)
 
@@ -28,6 +29,8 @@ _HARMLESS = (
     *("data.workers", "data.prefetch", "data.dali.threads", "data.dali.ahead"),
     *("name", "evaluate.", "deepspeed", "run.watchdog_s", "run.collective_timeout_s"),
 )
+# Here it is the product with the number of ranks that counts, which note_batch() compares.
+_OF_THE_BATCH = ("run.batch_size", "run.accumulate_steps")
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
     stored = checkpoint.load_unchecked(found)
     if stored.model != config.model.to_openclip():
         raise UserError(f"checkpoint {found} is of another architecture than model.*: resume with the same model")
-    _warn_of_changes(found.parent.parent / "config.yaml", config)
+    told_later = () if stored.state.step_samples is None else _OF_THE_BATCH
+    _warn_of_changes(found.parent.parent / "config.yaml", config, (*_HARMLESS, *told_later))
     _log.info("continuing from %s", found)
     return RunPlan(folder, found, stored.state)
 
@@ -133,7 +137,23 @@ def _find_checkpoint(folder: Path, resume: str) -> Path | None:
     return found
 
 
-def _warn_of_changes(stored: Path, config: TrainConfig) -> None:
+def note_batch(state: TrainState, run: RunConfig, ranks: Ranks) -> None:
+    """Write the samples of a step into `state`; rank 0 warns where its checkpoint was trained with others."""
+    before = {"samples a step": state.step_samples, "samples in a loss": state.loss_samples}
+    together = run.batch_size * ranks.world_size
+    state.step_samples = together * run.accumulate_steps
+    state.loss_samples = state.step_samples if run.negatives == "all" else together
+    after = dict(zip(before, (state.step_samples, state.loss_samples), strict=True))
+    changed = [f"{name}: {before[name]} -> {after[name]}" for name in after if before[name] not in (None, after[name])]
+    if changed and ranks.first:
+        _log.warning(
+            "the batch has changed since the checkpoint, the run will not be the same: %s "
+            "(run.batch_size=%d, run.accumulate_steps=%d, run.negatives=%s, ranks: %d)",
+            *(", ".join(changed), run.batch_size, run.accumulate_steps, run.negatives, ranks.world_size),
+        )
+
+
+def _warn_of_changes(stored: Path, config: TrainConfig, left_out: tuple[str, ...]) -> None:
     if not stored.is_file():
         return
     try:
@@ -142,7 +162,7 @@ def _warn_of_changes(stored: Path, config: TrainConfig) -> None:
         _log.warning("%s", error)
         return
     after = flatten_config(config)
-    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(_HARMLESS)]
+    changed = [key for key in after if before.get(key) != after[key] and not key.startswith(left_out)]
     if changed:
         described = ", ".join(f"{key}: {before.get(key)} -> {after[key]}" for key in changed)
         _log.warning("settings changed since the checkpoint, the run will not be the same: %s", described)

@@ -7,7 +7,8 @@ from typing import Any
 
 from cosmos_fast.utils.errors import UserError
 
-_ADDED_LATER = {"loss_scale", "steps_at_scale", "overflows", "data"}  # older checkpoints start with the defaults
+# Older checkpoints start with the defaults.
+_ADDED_LATER = {"loss_scale", "steps_at_scale", "overflows", "data", "step_samples", "loss_samples"}
 
 
 @dataclass
@@ -16,7 +17,9 @@ class TrainState:
     the data, a fraction. samples_seen: samples trained on, over all ranks. skipped: steps not applied because of NaN or
     Inf; nonfinite_in_a_row: those at the end. flops: floating-point operations that training needed so far, by the
     lengths of the captions it saw. loss_scale, steps_at_scale, overflows: of engine.loss_scale; None without it. data:
-    which samples the position counts, as the loader names them."""
+    which samples the position counts, as the loader names them. step_samples: samples of an optimizer step over all
+    ranks; loss_samples: those of them that one loss holds against each other; None where the checkpoint does not
+    tell."""
 
     step: int = 0
     position: int = 0
@@ -29,6 +32,8 @@ class TrainState:
     steps_at_scale: int = 0
     overflows: int = 0
     data: str | None = None
+    step_samples: int | None = None
+    loss_samples: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -26,7 +26,7 @@ from cosmos_fast.engine.optimizer import AdamWEma
 from cosmos_fast.engine.out_of_memory import out_of_memory_explained
 from cosmos_fast.engine.precision import Precision, resolve_device, resolve_precision
 from cosmos_fast.engine.progress import Progress
-from cosmos_fast.engine.run_folder import RunPlan, plan_run
+from cosmos_fast.engine.run_folder import RunPlan, note_batch, plan_run
 from cosmos_fast.engine.schedules import ema_decay, learning_rate, total_steps
 from cosmos_fast.engine.state import TrainState
 from cosmos_fast.loss import build_objective
@@ -107,6 +107,7 @@ class Trainer:
         self.peak_rate = peak_rate(self.device, "fp8" if config.compute.linear == "fp8" else self.precision.name)
         self.state = replace(self.plan.state)
         self._note_data()
+        note_batch(self.state, config.run, ranks)
         self.scaler = LossScaler(self.precision, self.state)
         self.student, self.teacher = build_models(config, self.device)
         self.clock = CommunicationClock(self.device, clock)
