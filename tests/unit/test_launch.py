@@ -32,8 +32,8 @@ ECHO = """#!/bin/bash
 """
 # Starts its command in turn as every task of every node, as Slurm does.
 SRUN = """#!/bin/bash
-[ "$1" = --kill-on-bad-exit=1 ] || exit 9
-shift
+[ "$1 $2" = "--cpus-per-task=6 --kill-on-bad-exit=1" ] || exit 9
+shift 2
 for ((task = 0; task < SLURM_NTASKS; task++)); do
   SLURM_PROCID=$task SLURM_LOCALID=$((task % SLURM_NTASKS_PER_NODE)) "$@" || exit
 done
@@ -140,9 +140,10 @@ def test_deepspeed_understands_its_options(capsys: pytest.CaptureFixture[str], p
 
 
 def test_a_slurm_job_tells_every_task_its_rank(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(["slurm", "--nodes", "2", "--gpus-per-node", "3", "--time", "90", "--", *TRAIN[:4]], capsys)
+    asked = ["--nodes", "2", "--gpus-per-node", "3", "--cpus-per-rank", "6", "--time", "90"]
+    text = printed(["slurm", *asked, "--", *TRAIN[:4]], capsys)
     job = {"SLURM_JOB_NODELIST": "gpu-[01-02]", "SLURM_JOB_ID": "412345"}
-    job |= {"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "3"}
+    job |= {"SLURM_NTASKS": "6", "SLURM_NTASKS_PER_NODE": "3", "SLURM_CPUS_PER_TASK": "6"}
     calls = execute(text, programs, **job)
     assert len(calls) == 6
     for rank, (arguments, environ) in enumerate(calls):
@@ -153,7 +154,7 @@ def test_a_slurm_job_tells_every_task_its_rank(programs: Path, capsys: pytest.Ca
     directives = directives_of(text)
     assert directives["nodes"] == "2"
     assert directives["ntasks-per-node"] == directives["gpus-per-node"] == "3"
-    assert directives["time"] == "90"
+    assert (directives["cpus-per-task"], directives["time"]) == ("6", "90")
     assert "partition" not in directives
     more = printed(["slurm", "--partition", "gpu", "--account", "vision", "--", *PAPER, "--resume"], capsys)
     assert directives_of(more).items() >= {"partition": "gpu", "account": "vision"}.items()
