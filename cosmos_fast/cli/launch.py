@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,9 +55,10 @@ def command(
     cosmos-fast launch deepspeed --hostfile hostfile -- --recipe cc12m_vit_b_16 --resume
     cosmos-fast launch slurm --nodes 16 --time 12:00:00 -- --recipe cc12m_vit_b_16 > train.sbatch
     """
-    config = _checked(arguments)
+    given = _given(arguments)
+    config = _checked(given)
     cluster = _cluster(launcher, nodes, gpus, hosts, hostfile, port, max_restarts)
-    _check_restarts(launcher, max_restarts, arguments)
+    _check_restarts(launcher, max_restarts, given["resume"], given["overwrite"])
     if launcher == "torchrun":
         text = launch_lines.torchrun(cluster, config.name, arguments)
     elif launcher == "deepspeed":
@@ -68,24 +70,35 @@ def command(
     click.echo(text, nl=False)
 
 
-def _checked(arguments: tuple[str, ...]) -> TrainConfig:
-    """The configuration that these options of `train` come to."""
+def _given(arguments: tuple[str, ...]) -> dict[str, Any]:
+    """These options of `train`, by name."""
     from cosmos_fast.cli import train
 
     with train.command.make_context("cosmos-fast train", list(arguments)) as context:
-        given = context.params
+        return context.params
+
+
+def _checked(given: dict[str, Any]) -> TrainConfig:
+    """The configuration that these options of `train` come to."""
+    from cosmos_fast.cli import train
+
     others = ("profile", "find_batch_size", "dry_run", "list_recipes")
     if wrong := [name for name in others if given[name]]:
         raise UserError(f"launch starts a training: leave out --{wrong[0].replace('_', '-')}")
     return train.resolve_config(given["recipe"], given["config_file"], given["overrides"])
 
 
-def _check_restarts(launcher: str, restarts: int, arguments: tuple[str, ...]) -> None:
-    """A run that is started again must not begin anew."""
-    if restarts and (launcher != "torchrun" or not launch_lines.resumes(arguments)):
+def _check_restarts(launcher: str, restarts: int, resume: str | None, overwrite: bool) -> None:
+    """A run that is started again must neither begin anew nor go back."""
+    if restarts and (launcher != "torchrun" or resume is None):
         raise UserError("--max-restarts is torchrun's, and continues a run only with --resume among train's options")
-    if launcher == "slurm" and "--overwrite" in arguments:
+    if launcher == "slurm" and overwrite:
         raise UserError("a job of Slurm may be started again, so it gets --resume: leave out --overwrite")
+    if (restarts or launcher == "slurm") and resume not in (None, "auto"):
+        raise UserError(
+            f"every time it is started again, the run would go back to {resume}: give --resume without a path, which "
+            "continues from the newest checkpoint of the run folder"
+        )
 
 
 def _cluster(

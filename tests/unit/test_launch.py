@@ -210,6 +210,8 @@ def test_every_example_is_tested() -> None:
         (["slurm", "--", *PAPER, "--overwrite"], "leave out --overwrite"),
         (["torchrun", "--max-restarts", "2", "--", *PAPER], "only with --resume"),
         (["deepspeed", "--max-restarts", "2", "--", *PAPER, "--resume"], "is torchrun's"),
+        (["torchrun", "--max-restarts", "2", "--", *PAPER, "--resume", "step_5"], "would go back to step_5"),
+        (["slurm", "--", *PAPER, "--resume=step_5"], "would go back to step_5"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +220,11 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_run_that_nobody_starts_again_may_begin_at_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(["torchrun", "--", *PAPER, "--resume", "step_5"], capsys).endswith("--resume \\\n  step_5\n")
+    assert "--max_restarts 2" in printed(["torchrun", "--max-restarts", "2", "--", *PAPER, "--resume=auto"], capsys)
 
 
 def test_an_option_that_train_has_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
