@@ -52,8 +52,8 @@ def command(
 
     \b
     cosmos-fast launch torchrun --gpus-per-node 8 -- --recipe cc3m_vit_b_16 --set data.train='shards/*.tar'
-    cosmos-fast launch deepspeed --hostfile hostfile -- --recipe cc12m_vit_b_16 --resume
-    cosmos-fast launch slurm --nodes 16 --time 12:00:00 -- --recipe cc12m_vit_b_16 > train.sbatch
+    cosmos-fast launch deepspeed --hostfile hostfile -- --recipe cc3m_vit_b_16 --set data.train='shards/*.tar' --resume
+    cosmos-fast launch slurm --nodes 16 -- --recipe cc12m_vit_b_16 --set data.train='shards/*.tar' > train.sbatch
     """
     given = _given(arguments)
     config = _checked(given)
@@ -85,7 +85,10 @@ def _checked(given: dict[str, Any]) -> TrainConfig:
     others = ("profile", "find_batch_size", "dry_run", "list_recipes")
     if wrong := [name for name in others if given[name]]:
         raise UserError(f"launch starts a training: leave out --{wrong[0].replace('_', '-')}")
-    return train.resolve_config(given["recipe"], given["config_file"], given["overrides"])
+    config = train.resolve_config(given["recipe"], given["config_file"], given["overrides"])
+    if not config.data.train:
+        raise UserError("data.train is empty: name the shards behind --, e.g. --set data.train='shards/*.tar'")
+    return config
 
 
 def _check_restarts(launcher: str, restarts: int, resume: str | None, overwrite: bool) -> None:

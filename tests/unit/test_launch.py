@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 
 from cosmos_fast.cli import train
@@ -212,6 +213,7 @@ def test_every_example_is_tested() -> None:
         (["deepspeed", "--max-restarts", "2", "--", *PAPER, "--resume"], "is torchrun's"),
         (["torchrun", "--max-restarts", "2", "--", *PAPER, "--resume", "step_5"], "would go back to step_5"),
         (["slurm", "--", *PAPER, "--resume=step_5"], "would go back to step_5"),
+        (["slurm", "--nodes", "2", "--", *PAPER[:2], "--resume"], "data.train is empty"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +227,15 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
 def test_a_run_that_nobody_starts_again_may_begin_at_a_path(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(["torchrun", "--", *PAPER, "--resume", "step_5"], capsys).endswith("--resume \\\n  step_5\n")
     assert "--max_restarts 2" in printed(["torchrun", "--max-restarts", "2", "--", *PAPER, "--resume=auto"], capsys)
+
+
+def test_the_examples_of_the_help_are_printed(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    lines = (command.get_command(click.Context(command), "launch").help or "").splitlines()
+    examples = [line.strip() for line in lines if line.strip().startswith("cosmos-fast launch")]
+    assert len(examples) == 3
+    for example in examples:
+        assert printed(shlex.split(example.partition(" > ")[0])[2:], capsys)
 
 
 def test_an_option_that_train_has_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
