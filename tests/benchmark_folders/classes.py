@@ -177,6 +177,7 @@ LAYOUTS: dict[str, tuple[str, Callable[..., Answers]]] = {
     "stanford_cars": ("stanford_cars", write_cars),
     "fgvc_aircraft": ("fgvc_aircraft", write_aircraft),
     "dtd": ("dtd", write_dtd),
+    "dtd of torchvision": ("dtd", lambda root: write_dtd(root / "dtd")),
     "oxford_pets": ("oxford_pets", write_pets),
     "flowers102": ("flowers102", write_flowers),
     "caltech101": ("caltech101", write_caltech101),

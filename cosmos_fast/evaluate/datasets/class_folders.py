@@ -34,7 +34,7 @@ With Testing_01.txt the 19,850 test images of the first published partition (spl
 _DTD = """\
 ROOT/dtd/labels/test1.txt                       dtd-r1.0.1.tar.gz; the 1,880 test images of the first split
 ROOT/dtd/images/banded/banded_0002.jpg ...
-ROOT may be dtd itself.
+ROOT may be dtd itself, or the one that holds dtd/dtd, as torchvision has it.
 """
 _CALTECH = """\
 ROOT/caltech101/101_ObjectCategories/accordion/image_0001.jpg ...   caltech-101.zip, 101_ObjectCategories.tar.gz
@@ -76,7 +76,7 @@ def open_sun397(root: Path) -> ClassificationSet:
 
 def open_dtd(root: Path) -> ClassificationSet:
     name = "dtd"
-    folder = inside(root, "dtd")
+    folder = inside(inside(root, "dtd"), "dtd")
     listing = required(name, folder, "labels/test1.txt")
     images = lines_of(name, listing)
     spelled = sorted({path.rpartition("/")[0] for path in images})
