@@ -96,7 +96,7 @@ def _shards_of(name: str) -> list[Path]:
 
 
 def _shards_in_folder(folder: Path) -> list[Path]:
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(folder / name for name in glob.glob("*.tar", root_dir=folder))  # without hidden ones
     if shards:
         return shards
     below = sorted({shard.parent.name for shard in folder.glob("*/*.tar")})

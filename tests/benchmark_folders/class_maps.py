@@ -130,7 +130,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "cityscapes": Layout(
         **_CITIES,
         maps="gtFine/val/{}_gtFine_labelIds.png",
-        meaning={7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 33: 18, 0: 255, 9: 255, 29: 255},
+        meaning={7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 33: 18, 0: 255, 9: 255, 29: 255, 255: 255},
     ),
     "cityscapes:ids": Layout(
         **_CITIES, maps="gtFine/val/{}_gtFine_labelTrainIds.png", meaning={0: 0, 5: 5, 18: 18, 255: 255}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cosmos_fast.evaluate.datasets import wds
 from cosmos_fast.utils.errors import UserError
@@ -57,6 +59,13 @@ HUB, BESIDE, MAP, ROWS, WDS = (
     "webdataset",
 )
 GOOD = {"k.jpg": picture(1), "k.txt": b"one"}
+
+
+def too_large() -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (8000, 7000)).save(stream, "PNG")
+    return stream.getvalue()
+
 
 MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no annotations": (COCO, without(NOTES), f"{{root}}/{NOTES} is missing"),
@@ -162,6 +171,16 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "line 2 is no JSON",
     ),
     "a broken image": (BESIDE, cut("a/0.jpg", 300), "{root}/a/0.jpg is broken (not an image: "),
+    "an image over the cap": (
+        BESIDE,
+        lambda root: (root / "a/1.png").write_bytes(too_large()),
+        "{root}/a/1.png is too large (8000 x 7000, the cap is 50000000): make it smaller",
+    ),
+    "shards beside texts": (
+        BESIDE,
+        lambda root: write_tar(root / "0.tar", GOOD),
+        "{root} holds shards, and a/0.jpg with its a/0.txt: take one",
+    ),
     "an image without a text": (BESIDE, without("b/c/3.txt"), "{root}/b/c/3.txt is missing"),
     "a text without lines": (BESIDE, text("d.txt", "\n \n"), "image d.JPG has no caption"),
     "a text without an image": (BESIDE, text("b/README.txt", "hello"), "{root}/b/README.txt has no image beside it"),
@@ -196,6 +215,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         WDS,
         shard({"k.jpg": picture(1)[:200], "k.txt": b"one"}),
         "wds: 1.tar:k: not an image: ",
+    ),
+    "an image over the cap in a shard": (
+        WDS,
+        shard({"k.png": too_large(), "k.txt": b"one"}),
+        "wds: 1.tar:k is too large (8000 x 7000, ",
     ),
     "multilabel shards": (WDS, text("dataset_type.txt", "multilabel"), "says 'multilabel'"),
     "classes in the place of captions": (

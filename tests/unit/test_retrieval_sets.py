@@ -86,6 +86,27 @@ def test_texts_beside_images_through_links_and_past_hidden_files(tmp_path: Path)
     assert captions.open_captions(root).captions == tuple(expected())
 
 
+def test_texts_about_the_set_are_no_captions(tmp_path: Path) -> None:
+    root = write_captions(tmp_path)
+    for name in ("README.txt", "LICENSE.txt", "readme_v2.TXT"):
+        (root / name).write_text("about")
+    assert captions.open_captions(root).captions == tuple(expected())
+    write_pictures(root, ["README.jpg"])
+    assert captions.open_captions(root).captions == (("about",), *expected())
+
+
+@pytest.mark.parametrize("layout", ["webdataset", "shards of one's own", "texts beside images"])
+def test_hidden_files_are_no_shards(tmp_path: Path, layout: str) -> None:
+    write, open_it, _ = LAYOUTS[layout]
+    write(tmp_path)
+    for place in (tmp_path, tmp_path / "test"):
+        if place.is_dir():
+            (place / "._0.tar").write_bytes(b"what a Mac leaves behind")
+    found = open_it(tmp_path)
+    assert isinstance(found, RetrievalSet)
+    assert found.captions == tuple(expected())
+
+
 def test_webdataset_classes_keep_their_numbers_where_names_repeat(tmp_path: Path) -> None:
     found = wds.open_wds(write_wds(tmp_path, "classification"))
     assert isinstance(found, ClassificationSet)

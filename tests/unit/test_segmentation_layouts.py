@@ -31,12 +31,27 @@ def test_every_layout_is_read_as_it_was_written(name: str, tmp_path: Path) -> No
     assert (found.name, len(found.images)) == (name, 3)
     assert len(found.classes.classes) == layout.classes
     assert found.classes.classes[0] == layout.first
+    assert found.background == (layout.first == "background")
     assert {len(wordings) for wordings in found.classes.prompts} == {1}
     assert {len(prompts) for wordings in found.classes.prompts for prompts in wordings} == {80}
     for number, one in enumerate(layout.ids):
         assert found.images.key(number) in layout.images.format(one)
         assert np.array_equal(found.truth(number), layout.truth(number))
         assert found.images.image(number).size == found.truth(number).shape[::-1]
+
+
+@pytest.mark.parametrize("name", ["coco_object", "cityscapes", "ade20k", "coco_stuff"])
+def test_hidden_files_are_neither_images_nor_maps(name: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[name]
+    for path in (layout.images, layout.maps):
+        for one in layout.ids:
+            real = layout.write(tmp_path) / path.format(one)
+            real.with_name(f"._{real.name}").write_bytes(b"what a Mac leaves behind")
+    found = opened(name, tmp_path)
+    assert [found.images.key(number) for number in range(3)] == [
+        (tmp_path / layout.images.format(one)).relative_to(found.images.root).as_posix()  # type: ignore[attr-defined]
+        for one in layout.ids
+    ]
 
 
 def test_forms_of_a_set_are_the_same_questions_and_the_more_complete_one_is_taken(tmp_path: Path) -> None:

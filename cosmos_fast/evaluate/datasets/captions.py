@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cosmos_fast.data.index import IMAGE_EXTENSIONS
 from cosmos_fast.evaluate.datasets import wds
 from cosmos_fast.evaluate.datasets.caption_lists import Pairs, read_table
-from cosmos_fast.evaluate.datasets.layout import read_text
+from cosmos_fast.evaluate.datasets.layout import read_text, visible
 from cosmos_fast.evaluate.datasets.pairs import file_pairs
 from cosmos_fast.evaluate.datasets.sets import Reader, RetrievalSet
 from cosmos_fast.utils.errors import UserError
 
 _NAME = "captions"
+_ABOUT = ("readme", "license", "licence")
 _LISTS = tuple(f"{stem}.{kind}" for stem in ("captions", "metadata") for kind in ("json", "jsonl", "csv", "tsv"))
 _LAYOUT = """\
 ROOT/captions.json      {"a/1.jpg": ["a caption", ...], ...} or [{"image": "a/1.jpg", "captions": [...]}, ...]
@@ -22,25 +23,32 @@ ROOT/captions.json      {"a/1.jpg": ["a caption", ...], ...} or [{"image": "a/1.
   or captions.csv, .tsv image,caption in the head, a caption a row (or metadata.* with file_name and text)
   or ROOT/a/1.txt       beside ROOT/a/1.jpg, a caption a line; in any folder below ROOT
   or ROOT/*.tar         webdataset shards: 1.jpg and 1.txt, a caption a line (or the 1.json of training data)
-Images are .jpg, .jpeg, .png or .webp; paths in lists are below ROOT. The first of these that is there is read.
+Images are .jpg, .jpeg, .png or .webp; paths in lists are below ROOT. The first list that is there is read; shards
+beside images with texts are refused. ROOT/README*.txt and ROOT/LICENSE*.txt are no captions.
 """
 
 
 def open_captions(root: Path) -> RetrievalSet:
-    """UserError: see `file_pairs`; an image that has no text beside it, a text that has no image."""
+    """UserError: see `file_pairs`; an image without a text, a text without an image, shards beside both."""
     if not root.is_dir():
         raise UserError(f"{_NAME}: {root} is no folder: give the folder that holds the images and their captions")
     listing = next((root / choice for choice in _LISTS if (root / choice).is_file()), None)
     if listing is not None:
         return file_pairs(_NAME, listing.name, listing, root, read_table(_NAME, listing))
-    if wds.is_one(root) or any(root.glob("*.tar")):
+    images, texts = _by_stem(root)
+    if wds.is_one(root) or visible(root, "*.tar"):
+        both = min(images.keys() & texts.keys(), default=None)
+        if both is not None:
+            raise UserError(
+                f"{_NAME}: {root} holds shards, and {images[both]} with its {texts[both]}: take one of the two away"
+            )
         return wds.open_retrieval(root, _NAME)
-    return file_pairs(_NAME, "folder", root, root, _beside(root))
+    return file_pairs(_NAME, "folder", root, root, _beside(root, images, texts))
 
 
-def _beside(root: Path) -> Pairs:
-    """Every image below a folder with the lines of the text of the same name, by path."""
-    images: dict[str, str] = {}  # path without extension -> path
+def _by_stem(root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Images and texts below a folder: path without extension -> path. UserError: two of one kind and name."""
+    images: dict[str, str] = {}
     texts: dict[str, str] = {}
     for path in _files(root):
         stem, extension = os.path.splitext(path)
@@ -51,6 +59,14 @@ def _beside(root: Path) -> Pairs:
         if stem in kind:
             raise UserError(f"{_NAME}: {root}: {kind[stem]} and {path} are of one name: rename one of them")
         kind[stem] = path
+    for stem in texts.keys() - images.keys():
+        if stem.lower().startswith(_ABOUT) and "/" not in stem:
+            del texts[stem]
+    return images, texts
+
+
+def _beside(root: Path, images: Mapping[str, str], texts: Mapping[str, str]) -> Pairs:
+    """Every image with the lines of the text of the same name, by path. UserError: one without the other."""
     if not images:
         raise UserError(
             f"{_NAME}: {root / 'captions.json'} is missing, and there is no image in {root}: `cosmos-fast eval sets "

@@ -19,14 +19,13 @@ import numpy as np
 from PIL import Image
 
 from cosmos_fast.evaluate.datasets.class_sets import published as published_classes
-from cosmos_fast.evaluate.datasets.layout import FileImages, all_there
+from cosmos_fast.evaluate.datasets.layout import MAX_PIXELS, FileImages, all_there
 from cosmos_fast.evaluate.datasets.matfile import read_mat
 from cosmos_fast.evaluate.datasets.sets import SegmentationSet, digest
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates
 from cosmos_fast.evaluate.segmentation import IGNORE, SegmentationProtocol
 from cosmos_fast.utils.errors import UserError
 
-_MAX_PIXELS = 50_000_000
 _UNKNOWN = -1
 # How a list's names are worded for the model, where that is not the name with blanks for hyphens.
 _WORDS = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
@@ -85,8 +84,8 @@ def read_png_map(path: Path) -> np.ndarray:
                 raise ValueError(
                     f"it is of mode {image.mode}, not grey or palette of 8 bits: a picture, no map of classes"
                 )
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, the cap is {_MAX_PIXELS}")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, the cap is {MAX_PIXELS}")
             return np.array(image)
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
@@ -159,6 +158,7 @@ def segmentation_set(
         truth=truth,
         classes=class_set(name, classes),
         protocol=protocol,
+        background=classes[0] == "background",
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cosmos_fast.evaluate.datasets import wds
-from cosmos_fast.evaluate.datasets.layout import FileImages, read_text
+from cosmos_fast.evaluate.datasets.layout import FileImages, read_text, visible
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, EvalSet, Images, Reader, digest
 from cosmos_fast.evaluate.prompts import ClassSet
 from cosmos_fast.utils.errors import UserError
@@ -76,12 +76,10 @@ def index_of(name: str, path: Path, value: str, places: Mapping[str, int]) -> in
 
 
 def images_in(name: str, folder: Path) -> list[str]:
-    """Names of the image files of a folder, sorted; hidden ones (`._*` of a Mac's archive) are left out. UserError:
-    no such folder, or none in it."""
+    """Names of the image files of a folder, sorted, without hidden ones. UserError: no such folder, or none in it."""
     if not folder.is_dir():
         raise UserError(f"{name}: {folder} is missing: `cosmos-fast eval sets {name}` prints the layout that is read")
-    names = (path.name for path in folder.iterdir())
-    found = sorted(one for one in names if one.lower().endswith(_SUFFIXES) and not one.startswith("."))
+    found = [one for one in visible(folder, "*") if one.lower().endswith(_SUFFIXES)]
     if not found:
         raise UserError(f"{name}: {folder} holds no image: the copy is not whole, unpack it again")
     return found

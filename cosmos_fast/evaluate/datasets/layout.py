@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -10,9 +11,12 @@ from typing import Any
 
 from PIL import Image
 
+from cosmos_fast.data import faults
 from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import FORMATS, decode
 from cosmos_fast.utils.errors import UserError
+
+MAX_PIXELS = 50_000_000
 
 
 def required(name: str, root: Path, *choices: str) -> Path:
@@ -35,6 +39,12 @@ def all_there(name: str, root: Path, relative: Sequence[str]) -> None:
             f"{name}: {root / missing[0]} is missing ({len(missing)} of {len(relative)} files are): the copy is not "
             "whole, unpack it again"
         )
+
+
+def visible(folder: Path, pattern: str) -> list[str]:
+    """Paths below a folder that match, sorted; without hidden ones, such as the `._*` that a Mac leaves on disks of
+    others and in archives."""
+    return sorted(glob.glob(pattern, root_dir=folder))
 
 
 def read_text(name: str, path: Path) -> str:
@@ -71,6 +81,15 @@ class FileImages:
     def image(self, number: int) -> Image.Image:
         path = self.root / self.relative[number]
         try:
-            return decode(path.read_bytes(), formats=(*FORMATS, "BMP"))  # SUN397 has some, called .jpg
+            return decode(path.read_bytes(), MAX_PIXELS, formats=(*FORMATS, "BMP"))  # SUN397 has some, called .jpg
         except (OSError, SampleFault) as error:
+            refuse_too_large(self.name, path, error)
             raise UserError(f"{self.name}: {path} is broken ({error}): unpack the data set again") from None
+
+
+def refuse_too_large(name: str, image: Path | str, error: Exception) -> None:
+    """UserError where that is what is wrong with an image: another copy of it would not help."""
+    if isinstance(error, SampleFault) and error.cause == faults.TOO_MANY_PIXELS:
+        raise UserError(
+            f"{name}: {image} is too large ({error.detail}): make it smaller, {MAX_PIXELS:,} pixels are read at most"
+        ) from None

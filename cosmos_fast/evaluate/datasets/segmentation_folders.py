@@ -7,7 +7,7 @@ side; the one that more images have is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from cosmos_fast.evaluate.datasets.class_map_files import (
     segmentation_set,
     shifted,
 )
-from cosmos_fast.evaluate.datasets.layout import read_text, required
+from cosmos_fast.evaluate.datasets.layout import read_text, required, visible
 from cosmos_fast.evaluate.datasets.sets import Reader, SegmentationSet
 from cosmos_fast.evaluate.segmentation import IGNORE, SegmentationProtocol
 
@@ -141,7 +141,7 @@ def open_coco(root: Path, things: bool) -> SegmentationSet:
         numbers = {label: place for place, label in enumerate(labels)} | {IGNORE: IGNORE}
         suffix, converted, called = "_labelTrainIds.png", identity(len(names)), "0 to 170 and 255"
         classes = names
-    ids = sorted({path.stem for path in images.glob("*.jpg")} | {_coco_id(path) for path in folder.glob("*.png")})
+    ids = sorted({*_stems(images, "*.jpg"), *(stem.partition("_")[0] for stem in _stems(folder, "*.png"))})
     maps = most_whole(
         ids,
         Maps(folder, "{}.png".format, Numbers.of(numbers, "COCO-Stuff's (0 to 181 with gaps, 255)")),
@@ -156,18 +156,13 @@ def open_cityscapes(root: Path) -> SegmentationSet:
     images = required(name, root, "leftImg8bit/val")
     folder = required(name, root, "gtFine/val")
     ends = {images: "_leftImg8bit.png", folder: "_gtFine_labelIds.png"}
-    ids = sorted(
-        {
-            path.relative_to(place).as_posix().removesuffix(end)
-            for place, end in ends.items()
-            for path in place.glob(f"*/*{end}")
-        }
-    )
+    ids = sorted({path.removesuffix(end) for place, end in ends.items() for path in visible(place, f"*/*{end}")})
     counted = {label: place for place, label in enumerate(_CITYSCAPES)}
-    meaning = {label: counted.get(label, IGNORE) for label in range(34)}
+    # Of license plates the number is -1, which converters write as 255.
+    meaning = {label: counted.get(label, IGNORE) for label in (*range(34), 255)}
     maps = most_whole(
         ids,
-        Maps(folder, "{}_gtFine_labelIds.png".format, Numbers.of(meaning, "0 to 33")),
+        Maps(folder, "{}_gtFine_labelIds.png".format, Numbers.of(meaning, "0 to 33 and 255")),
         Maps(folder, "{}_gtFine_labelTrainIds.png".format, Numbers.of(identity(19), "0 to 18 and 255")),
     )
     classes = published()["classes"]["cityscapes"]
@@ -180,7 +175,7 @@ def open_ade20k(root: Path) -> SegmentationSet:
     folder = _inside(root, "ADEChallengeData2016")
     images = required(name, folder, "images/validation")
     annotations = required(name, folder, "annotations/validation")
-    ids = sorted({path.stem for path in images.glob("*.jpg")} | {path.stem for path in annotations.glob("*.png")})
+    ids = sorted({*_stems(images, "*.jpg"), *_stems(annotations, "*.png")})
     maps = Maps(annotations, "{}.png".format, Numbers.of(shifted(150), "0 to 150 and 255"))
     classes = published()["classes"]["ade20k"]
     return segmentation_set(name, "validation", images, "{}.jpg".format, ids, maps, classes, PROTOCOLS[name])
@@ -197,8 +192,8 @@ def _listed(name: str, path: Path) -> Sequence[str]:
     return read_text(name, path).split()
 
 
-def _coco_id(path: Path) -> str:
-    return path.stem.partition("_")[0]
+def _stems(folder: Path, pattern: str) -> Iterator[str]:
+    return (Path(name).stem for name in visible(folder, pattern))
 
 
 def _reader(name: str, title: str, layout: str) -> Reader:

@@ -59,11 +59,12 @@ class ClassificationSet(EvalSet):
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSet(EvalSet):
     """truth: number of an image -> uint8 [H, W] of its size (UserError where broken): numbers into classes.classes, or
-    IGNORE. Where there is a background it is class 0, and its synonyms are what is not looked for."""
+    IGNORE. background: whether class 0 is what is not looked for, to which thresholds of the protocol give pixels."""
 
     truth: Callable[[int], np.ndarray]
     classes: ClassSet
     protocol: SegmentationProtocol
+    background: bool = False
 
 
 def task_of(found: EvalSet) -> str:

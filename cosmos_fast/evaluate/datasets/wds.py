@@ -16,7 +16,7 @@ from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import IMAGE_EXTENSIONS, RECORD_EXTENSION, Index, open_source
 from cosmos_fast.data.records import parse_record, raw_captions
-from cosmos_fast.evaluate.datasets.layout import all_there, read_text, required
+from cosmos_fast.evaluate.datasets.layout import MAX_PIXELS, all_there, read_text, refuse_too_large, required, visible
 from cosmos_fast.evaluate.datasets.pairs import retrieval_set
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, Reader, RetrievalSet, digest
 from cosmos_fast.evaluate.prompts import ClassSet
@@ -59,8 +59,9 @@ class ShardImages:
 
     def image(self, number: int) -> Image.Image:
         try:
-            return decode(self.member(number, self._extension(number), _MAX_BYTES))
+            return decode(self.member(number, self._extension(number), _MAX_BYTES), MAX_PIXELS)
         except SampleFault as error:
+            refuse_too_large(self.name, self.key(number), error)
             raise UserError(f"{self.name}: {self.key(number)}: {error}: take another copy of the shard") from None
 
     def member(self, number: int, extension: str, max_bytes: int) -> bytes:
@@ -95,10 +96,10 @@ def open_shards(root: Path, name: str) -> ShardImages:
         if not said:
             raise UserError(f"{name}: {counted} holds {text[:20]!r}, not the number of shards: write it there")
         all_there(name, folder, [f"{number}.tar" for number in range(said)])
-        found = len(list(folder.glob("*.tar")))
+        found = len(visible(folder, "*.tar"))
         if found != said:
             raise UserError(f"{name}: {folder} holds {found} shards, nshards.txt says {said}: take the others away")
-    elif not any(root.glob("*.tar")):
+    elif not visible(root, "*.tar"):
         required(name, root, f"{SPLIT}/nshards.txt")
     index = open_source(SourceConfig(path=str(folder)), whole=True)
     if index.faults:
