@@ -1,6 +1,7 @@
 """Tar headers, read directly: where every member of a shard lies. Nothing is extracted.
 
-Reads ustar, GNU long names and PAX (path, size). Links, devices and sparse files are not samples and are reported.
+Reads ustar, GNU long names and PAX (path, size). Links, devices and sparse files, of GNU's format or of PAX, are not
+samples and are reported.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _MAX_NAME_BYTES = 1 << 20  # a longer GNU name or PAX header is an attack, not a name
 _REGULAR = (b"0", b"\0", b"7")
+_SPARSE = "GNU.sparse."  # the fields of a sparse file in a PAX header
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def scan(reader: ShardReader, problems: list[Fault]) -> Iterator[Member]:
         kind = header[156:157]
         name = long_name or pax.get("path") or _header_name(header)
         size = int(pax["size"]) if pax.get("size", "").isdigit() else _number(header[124:136])
-        data, position = position + BLOCK, position + BLOCK + -(-size // BLOCK) * BLOCK
+        data = position + BLOCK + (_more_holes(reader, position) if kind == b"S" else 0)
+        position = data + -(-size // BLOCK) * BLOCK
         if size < 0 or data + size > file_size:
             problems.append(Fault(faults.TRUNCATED_SHARD, shard, f"in member {name}; {file_size} bytes are left"))
             return
@@ -62,7 +65,10 @@ def scan(reader: ShardReader, problems: list[Fault]) -> Iterator[Member]:
             else:
                 pax = _pax_fields(text)
             continue
-        if kind in _REGULAR:
+        if any(field.startswith(_SPARSE) for field in pax):  # its header says "regular", under another name
+            where = f"{shard}:{pax.get(_SPARSE + 'name', name)}"
+            problems.append(Fault(faults.UNUSABLE_MEMBER, where, "a sparse file"))
+        elif kind in _REGULAR:
             yield Member(name, data, size)
         elif kind not in (b"5", b"g", b"K"):  # directories, global headers, long link names carry no sample
             problems.append(Fault(faults.UNUSABLE_MEMBER, f"{shard}:{name}", f"tar type {kind!r}"))
@@ -70,6 +76,15 @@ def scan(reader: ShardReader, problems: list[Fault]) -> Iterator[Member]:
             long_name, pax = None, {}
     # A whole archive ends in zero blocks and has returned above.
     problems.append(Fault(faults.TRUNCATED_SHARD, shard, "no end marker" if file_size else "it is empty"))
+
+
+def _more_holes(reader: ShardReader, position: int) -> int:
+    """Bytes of the blocks between the header at `position` of a sparse file (GNU) and its data: each, as the header,
+    says whether another follows."""
+    more, at = 0, 482
+    while position + more + at < reader.size and reader.read(position + more + at, 1) != b"\0":
+        more, at = more + BLOCK, 504
+    return more
 
 
 def _checksum_holds(header: bytes) -> bool:

@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -121,6 +122,27 @@ def test_links_are_reported_and_directories_are_not(tmp_path: Path) -> None:
     found = opened(tmp_path)
     assert found.read(0) == {"jpg": b"1"}
     assert causes(found) == [faults.UNUSABLE_MEMBER] * 2
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_sparse_files_are_reported_and_cost_no_other_sample(tmp_path: Path, form: str) -> None:
+    version = subprocess.run(["tar", "--version"], capture_output=True, text=True, check=False).stdout
+    if "GNU tar" not in version:
+        pytest.skip("needs GNU tar")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    with (folder / "a.mask").open("wb") as file:  # more holes than a header has room for, and than one block behind it
+        for place in range(60):
+            file.seek(place * 65_536)
+            file.write(b"x" * 4096)
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(name.encode())
+    command = ["tar", "-S", f"--format={form}", "-cf", str(tmp_path / "a.tar"), "a.jpg", "a.mask", "b.jpg"]
+    subprocess.run(command, cwd=folder, check=True)
+    assert (tmp_path / "a.tar").stat().st_size < 60 * 65_536  # it is sparse
+    found = opened(tmp_path)
+    assert [found.read(i) for i in range(len(found))] == [{"jpg": b"a.jpg"}, {"jpg": b"b.jpg"}]
+    assert [(fault.cause, fault.where) for fault in found.faults] == [(faults.UNUSABLE_MEMBER, "a.tar:a.mask")]
 
 
 @pytest.mark.parametrize("cut_in", ["header", "data", "between"])
