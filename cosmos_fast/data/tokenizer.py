@@ -30,13 +30,16 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 _ASCII_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")  # the same of clean ASCII
 _REMEMBERED_WORDS = 1 << 15  # about 6 MB a process
 _LONG_TEXT = 2000  # characters: its words may be long, and are not remembered
+# Of longer texts the beginning is read: it fills every context, while ftfy takes minutes for a megabyte.
+_MAX_CHARACTERS = 10_000
 _VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77) -> torch.Tensor:
     """Ids of the texts, int64 [N, context_length]: start, words, end, then zeros.
 
-    A text that does not fit is cut and its last id is the end token, as CLIP does.
+    A text that does not fit is cut and its last id is the end token, as CLIP does. Of one of over 10,000 characters the
+    beginning alone is cleaned and encoded.
     """
     if isinstance(texts, str):
         texts = [texts]
@@ -46,10 +49,18 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77) -> torch.Tens
     ids[:, 0] = START_ID
     room = context_length - 2
     for row, text in zip(ids, texts, strict=True):
-        words = _ids(clean(text), room)
+        words = _ids(clean(_beginning(text)), room)
         row[1 : len(words) + 1] = words
         row[len(words) + 1] = END_ID
     return torch.from_numpy(ids)
+
+
+def _beginning(text: str) -> str:
+    """Whole words of what is read of a text; a part of a word that is too long itself."""
+    if len(text) <= _MAX_CHARACTERS:
+        return text
+    words = text[:_MAX_CHARACTERS].rsplit(maxsplit=1)
+    return words[0] if words else ""
 
 
 def _ids(text: str, limit: int) -> list[int]:

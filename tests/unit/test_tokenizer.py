@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cosmos_fast.data import tokenizer as tokenizer_module
 from cosmos_fast.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, _ids, clean, tokenize, tokenizer, word_ids
 
 RECORDED = json.loads((Path(__file__).parent.parent / "data" / "tokens.json").read_text(encoding="utf-8"))
@@ -37,6 +38,26 @@ def test_shorter_context_keeps_the_start_and_the_end_token(context_length: int) 
         assert short[:kept].tolist() == long[:kept].tolist()
         assert short[kept] == END_ID
         assert not short[kept + 1 :].any()
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 900_000, "\u00c3\u00a9\u00c2" * 150_000, "\u00e9 &amp; " * 100_000, "&" * 900_000]
+)
+def test_texts_of_a_megabyte_take_no_longer_than_their_beginning(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cleaned: list[int] = []
+    monkeypatch.setattr(tokenizer_module, "clean", lambda part: cleaned.append(len(part)) or clean(part))
+    ids = tokenize(text)
+    assert len(cleaned) == 1
+    assert cleaned[0] <= 10_000
+    assert ids[0, -1] == END_ID
+    assert (ids > 0).all()
+
+
+def test_a_long_text_has_the_ids_of_its_whole() -> None:
+    text = " ".join(RECORDED["texts"]) * 40
+    assert len(text) > 10_000
+    ids = tokenize(text)[0]
+    assert ids[1:-1].tolist() == _ids(clean(text), 75)
 
 
 def test_shape_type_and_range() -> None:
