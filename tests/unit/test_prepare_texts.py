@@ -132,6 +132,21 @@ def test_a_quote_that_is_never_closed_costs_what_it_swallows_not_the_rest(tmp_pa
     assert reader.problems[BROKEN_ROW] == 1
 
 
+def test_a_quote_open_at_the_end_of_the_file_makes_no_caption_of_the_rows_behind_it(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "a.csv", DREAMLIP_HEADER, [dreamlip_row(0)])
+    whole = table.read_bytes()
+    with table.open("a") as file:
+        file.write('http://a/b.jpg,a,b,c,d,e,f,"never closed\n')
+        file.write("http://a/c.jpg,a,b,c,d,e,f,g\n")
+    reader = TableReader([table], DREAMLIP)
+    assert [name for name, _ in reader.rows()] == [url_of(0)]
+    assert reader.problems == {BROKEN_ROW: 1}
+    table.write_bytes(whole.rstrip())  # no line end is no open quote
+    reader = TableReader([table], DREAMLIP)
+    assert [row for _, row in reader.rows()] == [dreamlip_row(0)]
+    assert not reader.problems
+
+
 def test_parquet_gives_the_rows_that_csv_gives(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -84,17 +84,20 @@ class TableReader:
         size = max(path.stat().st_size, 1)
         try:
             with path.open("rb") as raw:
-                reader = _csv_reader(path, raw)
+                lines = _Lines(raw)
+                reader = _csv_reader(path, lines)
                 header = next(reader)
                 while True:
                     try:
                         row = next(reader)
                     except StopIteration:
                         return
-                    except csv.Error:  # a quote that is never closed, or a null byte: the reader goes on behind it
+                    except csv.Error:  # a quote that is closed too late, or a null byte: the reader goes on behind it
                         self.problems[BROKEN_ROW] += 1
                         continue
-                    if len(row) == len(header):
+                    if lines.ended:  # within a row: its quote is never closed, the rest of the file is in its last cell
+                        self.problems[BROKEN_ROW] += 1
+                    elif len(row) == len(header):
                         yield raw.tell() / size, dict(zip(header, row, strict=True))
                     elif row:  # an empty line is no row
                         self.problems[BROKEN_ROW] += 1
@@ -124,16 +127,33 @@ def table_files(paths: Sequence[str]) -> list[Path]:
     return found
 
 
+class _Lines:
+    """Lines of a table. ended: another one was asked for and there was none."""
+
+    def __init__(self, raw: io.BufferedReader) -> None:
+        # utf-8-sig: spreadsheets write a byte order mark; newline="": captions hold line breaks
+        self._text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="")
+        self.ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline()
+        if not line:
+            self.ended = True
+            raise StopIteration
+        return line
+
+
 def _header(path: Path) -> list[str]:
     try:
         with path.open("rb") as raw:
-            return next(_csv_reader(path, raw), [])
+            return next(_csv_reader(path, _Lines(raw)), [])
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _csv_reader(path: Path, raw: io.BufferedReader) -> Iterator[list[str]]:
+def _csv_reader(path: Path, lines: _Lines) -> Iterator[list[str]]:
     csv.field_size_limit(MAX_RECORD_BYTES)
-    # utf-8-sig: spreadsheets write a byte order mark; newline="": captions hold line breaks
-    text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="")
-    return csv.reader(text, delimiter=_DELIMITERS[path.suffix])
+    return csv.reader(lines, delimiter=_DELIMITERS[path.suffix])
