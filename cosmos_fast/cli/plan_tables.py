@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cosmos_fast.config import TrainConfig
+from cosmos_fast.config.deepspeed import offloads_optimizer
 from cosmos_fast.engine.plan import Assumptions, Forecast, best_stage
 
 NOTE = "A model, not a measurement: counted work, bytes and memory, at the assumed rates below."
+_OFFLOADED = (
+    "offload_optimizer: what it keeps in the host's memory is left out of a rank's; its time is not part of the model."
+)
 _SECONDS_AN_HOUR = 3600
 _WIDTH = 118
 
@@ -55,6 +59,8 @@ def show_several(
     for one in bests:
         table.add_row(f"{one.layout.ranks}", f"{one.layout.stage}", *_cells(one, config))
     console.print(table)
+    if offloads_optimizer(config):
+        _print(console, _OFFLOADED)
     if left_out:
         numbers = ", ".join(map(str, left_out))
         _print(console, f"left out: {numbers} GPUs, among which {layout.global_batch} samples do not divide evenly")
@@ -70,7 +76,7 @@ def to_json(
     }
     rows = [{**_values(one, config), "best": one is best_stage(stages)} for stages in found.values() for one in stages]
     return {
-        "note": NOTE,
+        "note": f"{NOTE} {_OFFLOADED}" if offloads_optimizer(config) else NOTE,
         "name": config.name,
         "gpu": gpu,
         "gpus_per_node": gpus_per_node,
@@ -161,6 +167,8 @@ def _remarks(config: TrainConfig, best: Forecast) -> list[str]:
             f"A loss holds {layout.loss_batch} samples against each other; all {layout.global_batch}: "
             "--set run.negatives=all."
         )
+    if offloads_optimizer(config):
+        lines.append(_OFFLOADED)
     lines.append(f"Each rank's loader has to bring {best.samples_per_s / layout.ranks:,.0f} samples/s.")
     return lines
 

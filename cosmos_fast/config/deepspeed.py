@@ -7,6 +7,7 @@ from the rest of the configuration. DeepSpeed ignores keys that it does not know
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from cosmos_fast.config.train import TrainConfig
 
 DEFAULT_STAGE = 1
+
+# Whole numbers of DeepSpeed's schema, with the least that each may be.
+_LEAST = {
+    "reduce_bucket_size": 1,
+    **dict.fromkeys(
+        (
+            *("allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "buffer_count"),
+            *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+            *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        ),
+        0,
+    ),
+}
 
 # A dict stands for a section, None for a value.
 KNOWN: dict[str, Any] = {
@@ -82,6 +96,7 @@ def check_deepspeed(given: Mapping[str, Any]) -> None:
         device in ("none", "cpu"),
         f"deepspeed.zero_optimization.offload_optimizer.device is {device!r}: use none or cpu",
     )
+    _with_numbers(given, "deepspeed")
 
 
 def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
@@ -103,7 +118,38 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
             "memory_efficient_linear": False,
         },
     }
-    return _merged(base, config.deepspeed)
+    return _merged(base, _with_numbers(config.deepspeed, "deepspeed"))
+
+
+def offloads_optimizer(config: TrainConfig) -> bool:
+    """Whether what the optimizer works on lies in the host's memory, from stage 1 on."""
+    zero: dict[str, Any] = config.deepspeed.get("zero_optimization", {})
+    return bool(zero.get("offload_optimizer", {}).get("device") == "cpu")
+
+
+def _with_numbers(given: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Numbers in place of such text as 5e7, which YAML takes for a string; UserError for one that cannot be meant."""
+    result: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            result[key] = _with_numbers(value, f"{path}.{key}")
+        elif key in _LEAST and value != "auto":
+            result[key] = _whole_number(f"{path}.{key}", value, _LEAST[key])
+        else:
+            result[key] = value
+    return result
+
+
+def _whole_number(name: str, value: Any, least: int) -> int:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    require(
+        number.is_integer() and number >= least,
+        f"{name} is {value!r}: set it to a whole number, such as 5e7, of {least} or above, or to auto",
+    )
+    return value if isinstance(value, int) else int(number)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,6 +49,23 @@ def test_the_section_survives_a_file(tmp_path: Path) -> None:
         ("deepspeed.bf16.enabled=true", "set run.precision"),
         ("deepspeed.zero_optimization=3", "is a section"),
         ("deepspeed.steps_per_print.every=3", "is a value, not a section"),
+        *(
+            (
+                f"deepspeed.zero_optimization.{key}={value}",
+                f"set it to a whole number, such as 5e7, of {least} or above",
+            )
+            for key, value, least in (
+                ("reduce_bucket_size", "0", 1),
+                ("reduce_bucket_size", "-1", 1),
+                ("reduce_bucket_size", "many", 1),
+                ("reduce_bucket_size", "true", 1),
+                ("reduce_bucket_size", "null", 1),
+                ("reduce_bucket_size", ".inf", 1),
+                ("allgather_bucket_size", "5e-7", 0),
+                ("stage3_max_live_parameters", "-1e9", 0),
+                ("offload_optimizer.buffer_count", "1.5", 0),
+            )
+        ),
         (f"{STAGE}=4", "use 0, 1, 2 or 3"),
         (f"{STAGE}=two", "use 0, 1, 2 or 3"),
         ("deepspeed.zero_optimization.offload_optimizer.device=nvme", "use none or cpu"),
@@ -61,6 +78,18 @@ def test_what_cannot_be_meant_is_refused_in_one_line(override: str, said: str, t
     with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         tiny_config(tmp_path, override)
     assert said in str(caught.value)
+
+
+def test_numbers_in_deepspeeds_notation_are_numbers(tmp_path: Path) -> None:
+    given = {"reduce_bucket_size": "5e7", "allgather_bucket_size": "2.0e+8", "sub_group_size": "auto"}
+    given |= {"stage3_prefetch_bucket_size": "0", "offload_optimizer.buffer_count": "'4'"}
+    config = tiny_config(tmp_path, *(f"deepspeed.zero_optimization.{key}={value}" for key, value in given.items()))
+    made = deepspeed_json(config)["zero_optimization"]
+    numbers = [made[key] for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")]
+    assert numbers == [50_000_000, 200_000_000, 0]
+    assert all(type(number) is int for number in numbers)
+    assert made["offload_optimizer"]["buffer_count"] == 4
+    assert made["sub_group_size"] == "auto"
 
 
 def test_a_key_is_known_or_owned() -> None:

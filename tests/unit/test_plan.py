@@ -138,6 +138,21 @@ def test_deepspeeds_own_keys_count() -> None:
     )
     assert (plain.calls, other.calls) == (4, 16)
     assert plain.full_bytes == 2 * other.full_bytes
+    for value, calls in (("5e7", 4), ("auto", 1)):
+        config = paper(f"deepspeed.zero_optimization.reduce_bucket_size={value}")
+        assert purposes(state_transfers(config, PARAMETERS, chosen))["gradients"].calls == calls
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_offloaded_optimizer_lies_in_the_hosts_memory(stage: int) -> None:
+    chosen, key = layout(8, stage), "deepspeed.zero_optimization.offload_optimizer.device"
+    own = 4 * -(-PARAMETERS // 8) if stage else 0
+    beside, moved = (state_bytes(paper(*settings), PARAMETERS, chosen) for settings in ((), (f"{key}=cpu",)))
+    assert {name: beside[name] - moved[name] for name in beside} == {
+        **{"weights": 0, "masters": own, "gradients": own, "optimizer": 2 * own, "teacher": own}
+    }
+    assert state_bytes(paper(f"{key}=none"), PARAMETERS, chosen) == beside
+    assert stage == 0 or moved["masters"] == moved["optimizer"] == 0
 
 
 def test_time_of_the_computing_by_hand() -> None:

@@ -68,6 +68,14 @@ def test_the_command_shows_stages_and_says_that_it_is_a_model(capsys) -> None:
     assert "given" in text
 
 
+def test_what_is_not_modelled_is_said(capsys) -> None:
+    arguments = ["plan", "--recipe", "cc12m_vit_b_16", "--set", "deepspeed.zero_optimization.offload_optimizer.device="]
+    for device, times in (("cpu", 1), ("none", 0)):
+        for more in (["--gpus", "8"], ["--gpus", "8,16"], ["--gpus", "8", "--json"]):
+            assert run(command, [*arguments[:-1], arguments[-1] + device, *more]) == 0
+            assert capsys.readouterr().out.count("its time is not part of the model") == times
+
+
 def test_json_holds_the_same(capsys) -> None:
     assert run(command, ["plan", "--recipe", "cc12m_vit_b_16", "--gpus", "8,16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -100,6 +108,7 @@ def test_json_holds_the_same(capsys) -> None:
         (["--assume", "mfu=fast"], "not of the form NAME=NUMBER"),
         (["--gpu", "h101"], "is not in the table"),
         (["--set", "run.batch=2"], "did you mean"),
+        (["--set", "deepspeed.zero_optimization.reduce_bucket_size=0"], "of 1 or above"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys) -> None:

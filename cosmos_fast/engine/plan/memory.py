@@ -12,12 +12,14 @@ copy of the weights from forward to backward. Bytes for each of P parameters on 
 With run.teacher_copy=parts there are two units of its copy at a time, of a block or of what is around the blocks. Stage
 3 gathers the weights and, of a model below a thousand million parameters, keeps them until the backward pass is
 through; of a larger one it has a few blocks at a time. From stage 1 on, gradients are brought together in buckets
-first; the optimizer is given a copy of a rank's part.
+first; the optimizer is given a copy of a rank's part. With offload_optimizer what it works on lies in the host's
+memory: masters, AdamW's state, its gradients and the teacher, but not the copy that the teacher's passes run on.
 """
 
 from __future__ import annotations
 
 from cosmos_fast.config import TrainConfig
+from cosmos_fast.config.deepspeed import offloads_optimizer
 from cosmos_fast.engine.estimate import activation_values, remade_values
 from cosmos_fast.engine.plan.layout import Layout
 from cosmos_fast.engine.plan.traffic import REUSED_VALUES, bucket_values, teacher_units, term_views
@@ -41,13 +43,24 @@ def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[st
     copied = 4 * _teacher_in_parts(config) if config.run.teacher_copy == "parts" else whole
     teacher = (own + (copied if stage >= 1 else 0)) if config.objective == "cosmos" else 0
     gathered = whole if stage == 3 and parameters < REUSED_VALUES else 0
-    return {
+    found = {
         "weights": (own + gathered if stage == 3 else whole) + casts,
         "masters": own if stage >= 1 else 0,
         "gradients": gradients + buckets,
         "optimizer": 2 * own,
         "teacher": teacher,
     }
+    moved = host_bytes(config, parameters, layout)
+    return {name: size - moved.get(name, 0) for name, size in found.items()}
+
+
+def host_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[str, int]:
+    """What lies in the host's memory instead; empty without offload_optimizer. Stage 0 does not know it."""
+    if layout.stage == 0 or not offloads_optimizer(config):
+        return {}
+    own = 4 * -(-parameters // layout.ranks)
+    moved = {"masters": own, "gradients": own, "optimizer": 2 * own}
+    return {**moved, "teacher": own} if config.objective == "cosmos" else moved
 
 
 def _teacher_in_parts(config: TrainConfig) -> int:

@@ -29,6 +29,7 @@ Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
 REUSED_VALUES = 1_000_000_000
 # The optimizer's groups, a flat buffer each: with weight decay, without, scales of the losses.
 GROUPS = 3
+_DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, which "auto" stands for
 _STATE_BYTES = 4  # weights, gradients and teacher are fp32
 # Pairs of fields of the original's features, each gathered anew for each pair of views.
 ORIGINAL_GATHERS = 160
@@ -103,7 +104,8 @@ def original_loss_bytes(config: TrainConfig, layout: Layout) -> float:
 
 def bucket_values(config: TrainConfig) -> int:
     """Gradients that are added up in one collective."""
-    return int(deepspeed_json(config)["zero_optimization"]["reduce_bucket_size"])
+    values = deepspeed_json(config)["zero_optimization"]["reduce_bucket_size"]
+    return _DEFAULT_BUCKET if values == "auto" else int(values)
 
 
 def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> list[Transfer]:
