@@ -183,5 +183,6 @@ def _samples(config: TrainConfig, cluster: Cluster) -> str:
     run = config.run
     samples = run.batch_size * run.accumulate_steps * cluster.ranks
     text = f"{cluster.ranks} ranks, {samples} samples a step"
-    published = run.batch_size * run.world_size_hint
-    return text if published in (0, samples) else f"{text}; the recipe was published with {published}"
+    if run.published_batch in (0, samples):
+        return text
+    return f"{text}; the recipe was published with {run.published_batch}"

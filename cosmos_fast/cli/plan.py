@@ -94,5 +94,6 @@ def _rates(assumed: tuple[str, ...]) -> dict[str, float]:
 
 
 def _published_batch(config: TrainConfig) -> int:
-    """Samples of a step on the ranks that the recipe was published with."""
-    return config.run.batch_size * config.run.accumulate_steps * (config.run.world_size_hint or 1)
+    """Samples a step of the recipe; of a configuration that was never published, those of its settings."""
+    run = config.run
+    return run.published_batch or run.batch_size * run.accumulate_steps * (run.world_size_hint or 1)

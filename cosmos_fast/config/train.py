@@ -69,7 +69,8 @@ class RunConfig:
     micro-batch; "all", those of the whole step, as if it were one batch, for a second forward pass of all micro-batches
     but one. tower_gradients: of a run over W ranks: "exact", those of one process with all samples; "original", 1/W of
     them, but all of the temperatures', as the original's gathers leave it. world_size_hint: ranks the recipe was
-    published with (0: any). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
+    published with (0: any). published_batch: samples a step that it was published with, on all ranks; another number
+    is warned of (0: none is). engine: what divides the work among ranks; "auto" is DeepSpeed where there are several.
     teacher_copy: of a teacher that ZeRO has divided, what its forward pass runs on: "whole", a copy of all weights,
     gathered once a step; "parts", block by block, gathered in the pass; "auto", parts on
     CPUs with one micro-batch a step, where they were measured to be faster and smaller; else where the copy is much of
@@ -93,6 +94,7 @@ class RunConfig:
     negatives: Literal["micro", "all"] = "micro"
     tower_gradients: Literal["exact", "original"] = "exact"
     world_size_hint: int = 0
+    published_batch: int = 0
     engine: Literal["auto", "plain", "deepspeed"] = "auto"
     teacher_copy: Literal["auto", "whole", "parts"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -115,8 +117,8 @@ class RunConfig:
         positive = ("batch_size", "accumulate_steps", "log_every_steps", "keep_checkpoints", "max_nonfinite_steps")
         require_positive("run", self, *positive)
         require_positive("run", self, "collective_timeout_s")
-        never_below_0 = ("world_size_hint", "checkpoint_every_steps", "keep_every_steps", "evaluate_every_steps")
-        require_not_negative("run", self, *never_below_0)
+        require_not_negative("run", self, "world_size_hint", "published_batch")
+        require_not_negative("run", self, "checkpoint_every_steps", "keep_every_steps", "evaluate_every_steps")
         wanted = self.checkpoint_async
         require(wanted in ("auto", True, False), f"run.checkpoint_async is {wanted!r}: use one of auto, on, off")
         require(self.keep_best != "", "run.keep_best is empty: name a number of the eval rows, or set it to null")

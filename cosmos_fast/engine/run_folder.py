@@ -25,7 +25,8 @@ _log = get_logger(__name__)
 # These change what a run shows or keeps, not what it computes.
 _HARMLESS = (
     *("run.log_", "run.checkpoint_", "run.keep_", "run.evaluate_", "run.tensorboard", "run.wandb", "run.threads"),
-    *("run.out_dir", "run.world_size_hint", "run.engine", "run.teacher_copy", "run.max_nonfinite_steps"),
+    *("run.out_dir", "run.world_size_hint", "run.published_batch", "run.engine", "run.teacher_copy"),
+    "run.max_nonfinite_steps",
     *("data.workers", "data.prefetch", "data.dali.threads", "data.dali.ahead"),
     *("name", "evaluate.", "deepspeed", "run.watchdog_s", "run.collective_timeout_s"),
 )

@@ -36,7 +36,12 @@ def _setting(name: str, dataset: _Dataset, model: str) -> Callable[[], TrainConf
             model=named_model(model),
             data=DataConfig(samples_per_epoch=dataset.samples, workers=6),
             ema=EmaConfig(decay=dataset.ema_decay),
-            run=RunConfig(epochs=32, batch_size=dataset.batch_size, world_size_hint=dataset.gpus),
+            run=RunConfig(
+                epochs=32,
+                batch_size=dataset.batch_size,
+                world_size_hint=dataset.gpus,
+                published_batch=dataset.gpus * dataset.batch_size,
+            ),
         )
 
     recipe.__doc__ = f"{model} on {dataset.samples:,} samples, {dataset.gpus} ranks x {dataset.batch_size}, 32 epochs."

@@ -265,6 +265,20 @@ def test_what_is_said_on_the_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "# 32 ranks, 1024 samples a step; the recipe was published with 4096\n"
 
 
+@pytest.mark.parametrize(
+    ("cluster", "batch", "said"),
+    [
+        (["torchrun", "--hosts", "a,b"], 256, "16 ranks, 4096 samples a step"),
+        (["slurm", "--nodes", "16"], 64, "128 ranks, 8192 samples a step; the recipe was published with 4096"),
+    ],
+)
+def test_the_published_batch_is_not_that_of_the_settings(
+    cluster: list[str], batch: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, ["launch", *cluster, "--", *PAPER, "--set", f"run.batch_size={batch}"]) == 0
+    assert capsys.readouterr().err == f"# {said}\n"
+
+
 def test_topology_in_words() -> None:
     assert topology(Ranks()) == "1 rank"
     assert describe_hosts(["a", "a"]) == "2 ranks on a"

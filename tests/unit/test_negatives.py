@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.data.batch import Batch
+from cosmos_fast.engine.announce import announce
 from cosmos_fast.engine.gradients import Gradients
 from cosmos_fast.engine.loss_scale import LossScaler
 from cosmos_fast.engine.precision import Precision
@@ -261,7 +262,7 @@ def test_fit_with_all_negatives_logs_and_resumes_like_any_run(tmp_path: Path) ->
 
 
 def test_a_run_says_how_to_have_the_published_batch(tmp_path: Path, caplog) -> None:
-    hint = ("run.world_size_hint=3", "run.max_steps=1")
+    hint = ("run.published_batch=12", "run.max_steps=1")
     with caplog.at_level("WARNING", logger="cosmos_fast"):
         make_trainer(tiny_config(tmp_path, *hint)).fit()
         assert "global batch of 12, this run has 4: run.accumulate_steps=3 with run.negatives=all" in caplog.text
@@ -269,6 +270,19 @@ def test_a_run_says_how_to_have_the_published_batch(tmp_path: Path, caplog) -> N
         all_of_it = ("name=whole", "run.accumulate_steps=3", "run.negatives=all")
         make_trainer(tiny_config(tmp_path, *hint, *all_of_it)).fit()
         assert "published" not in caplog.text
+        make_trainer(tiny_config(tmp_path, *hint, "name=large", "run.batch_size=12")).fit()
+        assert "published" not in caplog.text
+        make_trainer(tiny_config(tmp_path, *hint, "name=small", "run.batch_size=2")).fit()
+        assert "global batch of 12, this run has 2: run.accumulate_steps=6 with run.negatives=all" in caplog.text
+
+
+def test_rank_0_alone_warns_of_the_whole_run(tmp_path: Path, caplog) -> None:
+    trainer = make_trainer(tiny_config(tmp_path, "run.published_batch=12", "schedule.warmup_steps=99"))
+    for rank, warnings in ((1, 0), (0, 2)):
+        trainer.ranks = replace(trainer.ranks, rank=rank)
+        with caplog.at_level("WARNING", logger="cosmos_fast"):
+            announce(trainer)
+        assert len(caplog.records) == warnings
 
 
 def test_graphs_do_not_outlive_the_step(tmp_path: Path) -> None:

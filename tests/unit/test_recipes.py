@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from cosmos_fast.cli.main import command, run
 from cosmos_fast.engine.schedules import total_steps
 from cosmos_fast.model.flops import sample_flops
 from cosmos_fast.recipes import RECIPES, get_recipe
@@ -25,6 +28,7 @@ def test_published_setting(data: str, patch_size: int) -> None:
     config = get_recipe(f"{data}_vit_b_{patch_size}")
     assert config.name == f"{data}_vit_b_{patch_size}"
     assert (config.run.world_size_hint, config.run.batch_size, config.ema.decay) == (gpus, batch, decay)
+    assert config.run.published_batch == gpus * batch
     assert (config.data.samples_per_epoch, config.run.epochs, config.run.accumulate_steps) == (samples, 32, 1)
     assert config.model.vision.patch_size == patch_size
     optimizer = config.optimizer
@@ -33,6 +37,13 @@ def test_published_setting(data: str, patch_size: int) -> None:
     views = config.data.views
     assert (views.global_crops, views.local_crops, views.global_captions, views.local_captions) == (2, 6, 2, 6)
     assert total_steps(config, samples, gpus) == 32 * samples // (gpus * batch)
+
+
+@pytest.mark.parametrize(("recipe", "samples"), [("cc12m_vit_b_16", 4096), ("demo", 256)])
+def test_a_plan_is_of_the_published_batch_whatever_fits_a_rank(recipe: str, samples: int, capsys) -> None:
+    given = ["--recipe", recipe, "--gpus", "16", "--set", "run.batch_size=256"]
+    assert run(command, ["plan", *given, "--json"]) == 0
+    assert {row["global_batch"] for row in json.loads(capsys.readouterr().out)["layouts"]} == {samples}
 
 
 def test_clip_baseline_has_the_towers_and_data_of_the_demo_and_equal_compute() -> None:
