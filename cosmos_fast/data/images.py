@@ -20,12 +20,12 @@ from cosmos_fast.data.faults import Repair, SampleFault
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # other decoders stay closed to untrusted bytes
-_MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000
 
 
 def decode(
     data: bytes,
-    max_pixels: int = _MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     repairs: list[Repair] | None = None,
     formats: tuple[str, ...] = FORMATS,
 ) -> Image.Image:
@@ -122,16 +122,25 @@ def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def eval_crop(image: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` (bicubic), then the central square."""
+    """Short side to `size` (bicubic), then the central square.
+
+    Of an image so thin that all of it would be over the pixel cap, only the square is resized.
+    """
     width, height = image.size
     if width <= height:
-        resized = image.resize((size, max(size, int(size * height / width))), Image.Resampling.BICUBIC)
+        across, down = size, max(size, int(size * height / width))
     else:
-        resized = image.resize((max(size, int(size * width / height)), size), Image.Resampling.BICUBIC)
-    left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
+        across, down = max(size, int(size * width / height)), size
+    left, top = round((across - size) / 2), round((down - size) / 2)
+    if across * down <= MAX_PIXELS:
+        resized = image.resize((across, down), Image.Resampling.BICUBIC)
+        return resized.crop((left, top, left + size, top + size))
+    # Not for every image: PIL may take its two passes in another order and clip between them, some levels away.
+    x, y = width / across, height / down
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def eval_transform(data: bytes, image_size: int, max_pixels: int = _MAX_PIXELS) -> torch.Tensor:
+def eval_transform(data: bytes, image_size: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Bytes of an image file -> float32 [3, image_size, image_size], normalised. Raises SampleFault like decode()."""
     return to_tensor(eval_crop(decode(data, max_pixels), image_size))

@@ -7,27 +7,40 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from cosmos_fast.data.images import normalize, to_pixels, to_tensor
+from cosmos_fast.data.images import MAX_PIXELS, normalize, to_pixels, to_tensor
 from cosmos_fast.evaluate.segmentation import SegmentationProtocol, input_shape, resized_shape
+from cosmos_fast.utils.errors import UserError
 
 
-def short_side_view(image: Image.Image, short_side: int) -> Tensor:
-    """The whole image with its short side at `short_side` pixels."""
+def short_side_view(image: Image.Image, short_side: int, name: str = "an image") -> Tensor:
+    """The whole image with its short side at `short_side` pixels. UserError with its `name`: too thin for that."""
     height, width = resized_shape(image.height, image.width, short_side)
+    _check_cap(name, image, height, width)
     return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def segmentation_view(image: Image.Image, window: int, protocol: SegmentationProtocol) -> Tensor:
-    """The whole image as a protocol resizes it for a model of this window.
+def segmentation_view(
+    image: Image.Image, window: int, protocol: SegmentationProtocol, name: str = "an image"
+) -> Tensor:
+    """The whole image as a protocol resizes it for a model of this window. UserError with its `name`: too thin.
 
     Bilinear is without antialiasing, as OpenCV does it: each pixel is a mean of four, in 8 bits.
     """
     height, width = input_shape(image.height, image.width, window, protocol)
+    _check_cap(name, image, height, width)
     if protocol.interpolation == "bicubic":
         return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
     pixels = to_pixels(image)[None].float()
     resized = functional.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
     return normalize(resized[0].round_().to(torch.uint8))
+
+
+def _check_cap(name: str, image: Image.Image, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{name} has {image.width} x {image.height} pixels, {width} x {height} for segmentation, the cap is "
+            f"{MAX_PIXELS}: leave it out, or cut it"
+        )
 
 
 def object_square(

@@ -108,7 +108,7 @@ def segment_scenes(
     protocol = SegmentationProtocol()
     window = model.config.vision.image_size
     short_side = round(protocol.short_side * window)
-    inputs = ((short_side_view(s.image, short_side), (s.image.height, s.image.width)) for s in scenes)
+    inputs = ((short_side_view(s.image, short_side, s.key), (s.image.height, s.image.width)) for s in scenes)
     sets = list(texts.class_sets.values())
     for labels in segment(
         model, inputs, texts.text_SD, sets, window=window, csa=csa, protocol=protocol, on_done=on_scene

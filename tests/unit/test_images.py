@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cosmos_fast.data import faults
+from cosmos_fast.data import faults, images
 from cosmos_fast.data.augment import ViewNumbers
 from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import (
@@ -21,10 +21,14 @@ from cosmos_fast.data.images import (
     crop_and_resize,
     decode,
     denormalize,
+    eval_crop,
     eval_transform,
     normalize,
     to_pixels,
 )
+from cosmos_fast.evaluate.pixels import segmentation_view, short_side_view
+from cosmos_fast.evaluate.segmentation import SegmentationProtocol
+from cosmos_fast.utils.errors import UserError
 from tests.shards import picture
 
 PLAIN = ViewNumbers(
@@ -181,6 +185,31 @@ def test_eval_transform_resizes_the_short_side_and_cuts_the_centre(width: int, h
     left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
     expected = torch.from_numpy(np.array(resized.crop((left, top, left + size, top + size)))).permute(2, 0, 1)
     assert torch.equal(denormalize(eval_transform(data, size)), expected)
+
+
+@pytest.mark.parametrize("size", [(3, 60), (60, 3), (40, 41)])
+def test_above_the_cap_only_the_square_is_resized(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = textured(60).resize((15, 15)).resize(size, Image.Resampling.BICUBIC)  # smooth: nothing to clip
+    whole = np.asarray(eval_crop(image, 32)).astype(int)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1)
+    square = np.asarray(eval_crop(image, 32))
+    assert square.shape == (32, 32, 3)
+    assert np.abs(whole - square).max() <= 3
+
+
+def test_a_thin_image_takes_no_gigabytes() -> None:
+    image = Image.new("RGB", (2, 3_000_000), (9, 9, 9))  # all of it at 48 px: 72 million lines
+    image.paste((200, 100, 50), (0, 1_499_000, 2, 1_501_000))
+    assert eval_crop(image, 48).getcolors() == [(48 * 48, (200, 100, 50))]
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_an_image_too_thin_to_be_segmented_is_refused_by_name(interpolation: str) -> None:
+    thin = Image.new("RGB", (100_000, 1))
+    with pytest.raises(UserError, match=r"^set: 7\.jpg has 100000 x 1 pixels, 33600000 x 336 for .* cut it$"):
+        segmentation_view(thin, 224, SegmentationProtocol(interpolation=interpolation), "set: 7.jpg")
+    with pytest.raises(UserError, match=r"^7 has 100000 x 1 pixels"):
+        short_side_view(thin, 336, "7")
 
 
 def test_eval_transform_refuses_like_decode() -> None:

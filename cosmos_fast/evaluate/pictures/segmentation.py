@@ -82,7 +82,8 @@ def segmentation_sheets(
     colours = class_colours(classes.classes)
     for number in numbers:
         image = source.images.image(number)
-        views = [(segmentation_view(image, window, protocol), (image.height, image.width))]
+        view_3HW = segmentation_view(image, window, protocol, source.images.key(number))
+        views = [(view_3HW, (image.height, image.width))]
         found = segment(model, views, text_SD, [class_S], window=window, csa=protocol.csa, protocol=protocol)
         (maps,) = islice(found, 1)
         truth = source.segmentation.truth(number) if source.segmentation else None
