@@ -92,7 +92,14 @@ def fake_maps(root: Path) -> SegmentationSet:
     protocol = SegmentationProtocol(scale=20.0, prob_threshold=0.2, area_threshold=0.05)
     sha256 = digest(keys, keys)
     return SegmentationSet(
-        name="pixels", split="val", images=images, sha256=sha256, truth=truth, classes=classes, protocol=protocol
+        name="pixels",
+        split="val",
+        images=images,
+        sha256=sha256,
+        truth=truth,
+        classes=classes,
+        protocol=protocol,
+        background=True,
     )
 
 

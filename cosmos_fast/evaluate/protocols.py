@@ -54,10 +54,18 @@ def parse(changes: Sequence[str]) -> dict[str, Any]:
 
 
 def with_protocol(sets: Mapping[str, EvalSet], changes: Sequence[str]) -> dict[str, EvalSet]:
-    """The sets, those of segmentation with some fields of their protocol changed. UserError: there is no such set."""
+    """The sets, those of segmentation with some fields of their protocol changed. UserError: there is no such set, or a
+    threshold for one without a background."""
     fields = parse(changes)
     if fields and not any(isinstance(found, SegmentationSet) for found in sets.values()):
         raise UserError(f"--protocol {changes[0]} is for segmentation: give a --benchmark of it, or leave it out")
+    threshold = next((key for key in ("prob_threshold", "area_threshold") if fields.get(key)), None)
+    bare = [name for name, found in sets.items() if isinstance(found, SegmentationSet) and not found.background]
+    if threshold and bare:
+        raise UserError(
+            f"--protocol {threshold}={fields[threshold]}: no background in {', '.join(bare)} to give pixels to: leave "
+            "it out, or give sets with a background alone"
+        )
     changed: dict[str, EvalSet] = dict(sets)
     for name, found in sets.items():
         if isinstance(found, SegmentationSet):

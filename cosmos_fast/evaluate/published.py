@@ -83,7 +83,7 @@ def evaluate_classification_set(
     return TaskResult(
         classification_metrics(image_ND, check_finite(class_CD), label_N, first_of_same(found.classes)),
         chance.classification_chance(classes) | {"mean_per_class": 100.0 / classes},
-        class_protocol(found.classes),
+        class_protocol(found.classes, "normalise each prompt, mean over wordings and templates, normalise"),
     )
 
 

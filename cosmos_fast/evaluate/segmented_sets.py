@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,14 +104,28 @@ def _result(
     pixels = total_CC.sum(dim=1).tolist()
     if not sum(pixels):
         raise UserError(f"{found.name}: no pixel of the {len(found.images)} maps belongs to a class")
-    ious = zip(found.classes.classes, class_iou(total_CC).tolist(), strict=True)
+    ious = zip(_told_apart(found.classes.classes), class_iou(total_CC).tolist(), strict=True)
     metrics = {
         "miou": mean_iou(total_CC),
         "pixel_accuracy": 100.0 * total_CC.diagonal().sum().item() / sum(pixels),
         **{f"iou_{name}": 100.0 * iou for name, iou in ious if not math.isnan(iou)},
     }
     expected = {"miou": chance.segmentation_chance(pixels), "pixel_accuracy": 100.0 / len(pixels)}
-    return TaskResult(metrics, expected, class_protocol(found.classes) | _in_words(protocol, window, wordings))
+    ensemble = "of a wording: normalise each prompt, mean over templates, normalise; of a class: its likeliest wording"
+    return TaskResult(
+        metrics, expected, class_protocol(found.classes, ensemble) | _in_words(protocol, window, wordings)
+    )
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    """Names, those that stood there before with a number: "cat", "cat (2)". Two classes may be called the same."""
+    found: list[str] = []
+    for name in names:
+        one, number = name, 2
+        while one in found:
+            one, number = f"{name} ({number})", number + 1
+        found.append(one)
+    return found
 
 
 def _in_words(protocol: SegmentationProtocol, window: int, wordings: int) -> dict[str, Any]:

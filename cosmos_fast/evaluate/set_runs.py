@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,17 +53,13 @@ def counted_tokenizer(model: Model, settings: Settings) -> Callable[[list[str]],
     return tokens_of
 
 
-def class_protocol(classes: ClassSet) -> dict[str, Any]:
-    """What class texts were made of, with a digest by which two lists of classes can be told apart."""
-    prompts = [prompt for wordings in classes.prompts for wording in wordings for prompt in wording]
+def class_protocol(classes: ClassSet, ensemble: str) -> dict[str, Any]:
+    """What class texts were made of, and how, with a digest by which two lists of classes can be told apart: of the
+    prompts and of the wordings and classes that they belong to."""
     return {
         "classes": len(classes.classes),
         "class_set": classes.name,
-        "prompts": len(prompts),
-        "prompts_sha256": _digest(prompts),
-        "ensemble": "normalise each prompt, mean over wordings and templates, normalise",
+        "prompts": sum(len(wording) for wordings in classes.prompts for wording in wordings),
+        "prompts_sha256": hashlib.sha256(json.dumps(classes.prompts).encode()).hexdigest(),
+        "ensemble": ensemble,
     }
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()

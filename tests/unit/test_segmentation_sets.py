@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from cosmos_fast.cli.eval import command
 from cosmos_fast.cli.main import run as run_command
 from cosmos_fast.data.images import decode, normalize
 from cosmos_fast.data.tokenizer import tokenize
+from cosmos_fast.evaluate.class_files import with_classes
 from cosmos_fast.evaluate.datasets import class_map_files
 from cosmos_fast.evaluate.datasets.registry import open_set
 from cosmos_fast.evaluate.pixels import segmentation_view
+from cosmos_fast.evaluate.prompts import fill_templates
 from cosmos_fast.evaluate.protocols import parse, with_protocol
 from cosmos_fast.evaluate.published import evaluate_set
 from cosmos_fast.evaluate.segmentation import IGNORE, SegmentationProtocol
+from cosmos_fast.evaluate.set_runs import class_protocol
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.utils.errors import UserError
 from tests.benchmark_folders.class_maps import LAYOUTS, png
 from tests.fake_sets import fake_classes, fake_maps
 from tests.shards import picture
@@ -158,6 +163,7 @@ def test_every_set_is_evaluated_as_the_protocol_says(name: str, evaluated: tuple
     assert (protocol["short_side_px"], protocol["window_px"], protocol["stride_px"]) == (16 * short, 16, 8)
     assert (protocol["scale"], protocol["prob_threshold"], protocol["area_threshold"]) == (scale, prob, area)
     assert (protocol["images"], protocol["classes"], protocol["prompts"]) == (3, layout.classes, 2 * layout.classes)
+    assert protocol["ensemble"].endswith("of a class: its likeliest wording")
 
 
 def test_forms_of_a_set_are_evaluated_alike(evaluated: tuple[Path, dict[str, Any]]) -> None:
@@ -238,3 +244,35 @@ def test_a_protocol_that_is_none(text: str, message: str) -> None:
 def test_a_protocol_without_a_segmentation_set() -> None:
     with pytest.raises(ValueError, match="is for segmentation"):
         with_protocol({"fake": fake_classes(Path())}, ["csa=false"])
+
+
+def test_thresholds_are_for_sets_with_a_background(tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(json.dumps({"templates": TEMPLATES}))
+    bare = {name: open_set(name, LAYOUTS[name].write(tmp_path / name)) for name in ("voc20", "ade20k")}
+    own = with_classes(open_set("voc21", LAYOUTS["voc21"].write(tmp_path / "voc21")), tmp_path / "names.json")
+    for text in ("prob_threshold=0.2", "area_threshold=0.3"):
+        with pytest.raises(UserError, match=rf"^--protocol {text}: no background in voc20, ade20k to") as caught:
+            with_protocol({"voc21": own, "fake": fake_classes(Path()), **bare}, ["csa=false", text])
+        assert "\n" not in str(caught.value)
+        (found,) = with_protocol({"voc21": own}, [text]).values()
+        assert found.protocol != own.protocol  # type: ignore[attr-defined]
+    assert with_protocol(bare, ["prob_threshold=0"]) == bare
+
+
+def test_classes_called_the_same_have_figures_of_their_own(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    model, found = load_checkpoint(evaluated[0] / "run", "teacher"), fake_maps(Path())
+    names = ("cat", "cat", "cat (2)", "cat")
+    plain = evaluate_set(model, found).metrics
+    same = evaluate_set(model, replace(found, classes=replace(found.classes, classes=names))).metrics
+    keys = ["iou_cat", "iou_cat (2)", "iou_cat (2) (2)", "iou_cat (3)"]
+    assert [key for key in same if key.startswith("iou_")] == keys
+    assert list(same.values()) == list(plain.values())
+
+
+def test_the_digest_of_prompts_tells_wordings_from_classes() -> None:
+    grouped = [
+        class_protocol(fill_templates("x", classes, TEMPLATES), "")
+        for classes in ({"a": ["cat", "pet"], "b": ["dog"]}, {"a": ["cat"], "b": ["pet", "dog"]})
+    ]
+    assert [one["prompts"] for one in grouped] == [6, 6]
+    assert grouped[0]["prompts_sha256"] != grouped[1]["prompts_sha256"]
