@@ -82,7 +82,7 @@ def attention(captions: tuple[str, ...], samples: int, **given: Any) -> None:
     from cosmos_fast.evaluate.pictures import attention as pictures
 
     shared = Shared(**given)
-    model, source = opened(shared)
+    model, source, made = opened(shared)
     numbers = source.choose(samples)
     sheets = with_bar("images", len(numbers), partial(pictures.attention_sheets, model, source, numbers, captions))
     reading = (
@@ -90,7 +90,7 @@ def attention(captions: tuple[str, ...], samples: int, **given: Any) -> None:
         "value, 0, to its highest, 1; so are the shares of its words in what the image attends to. Start, end and "
         "padding take the rest."
     )
-    save(shared, model, source, "attention", "Where attention goes", reading, sheets)
+    save(shared, source, made, "attention", "Where attention goes", reading, sheets)
 
 
 @command.command("retrieval")
@@ -113,7 +113,7 @@ def retrieval(texts: tuple[str, ...], files: tuple[Path, ...], samples: int, top
     from cosmos_fast.evaluate.pictures import retrieval as pictures
 
     shared = Shared(**given)
-    model, source = opened(shared)
+    model, source, made = opened(shared)
     queries = queries_of(source, texts, files, samples)
     needs_captions = any(query.image is not None for query in queries)
     encode = partial(pictures.encode_gallery, model, source, needs_captions)
@@ -123,7 +123,7 @@ def retrieval(texts: tuple[str, ...], files: tuple[Path, ...], samples: int, top
         f"What ranks first among {len(source)} images and {sum(map(len, source.captions))} captions, by cosine. "
         "Right answers are marked where they are known; of equal scores, a rank counts the wrong ones first."
     )
-    save(shared, model, source, "retrieval", "What ranks first", reading, sheets)
+    save(shared, source, made, "retrieval", "What ranks first", reading, sheets)
 
 
 @command.command("segmentation")
@@ -153,7 +153,7 @@ def segmentation(
     from cosmos_fast.evaluate.pictures.choices import chosen_classes
 
     shared = Shared(**given, by=by)
-    model, source = opened(shared)
+    model, source, made = opened(shared)
     source, classes, settings = chosen_classes(source, named, file, protocol)
     numbers = source.choose(samples)
     make = partial(pictures.segmentation_sheets, model, source, numbers, classes, settings)
@@ -162,15 +162,19 @@ def segmentation(
         f"The nearest of {len(classes.classes)} classes for every pixel, found by their names alone, "
         f"{'with' if settings.csa else 'without'} correlative self-attention (CSA)."
     )
-    save(shared, model, source, "segmentation", "Segmentation without a label seen", reading, sheets)
+    save(shared, source, made, "segmentation", "Segmentation without a label seen", reading, sheets)
 
 
-def opened(shared: Shared) -> tuple[CosmosModel, Source]:
-    """The model and what is looked at; all that may be wrong with either, or with OUT, is said before any work."""
+def opened(shared: Shared) -> tuple[CosmosModel, Source, list[tuple[str, str]]]:
+    """The model, what is looked at, and the checkpoint's name and digest and the model in words, for the page.
+
+    All that may be wrong with these, or with OUT, is said before any work.
+    """
     from cosmos_fast.cli.eval_shown import pick_device, remote_settings
     from cosmos_fast.evaluate.pictures import sources
     from cosmos_fast.evaluate.pictures.album import check_folder
-    from cosmos_fast.model.checkpoints import load_checkpoint
+    from cosmos_fast.model.checkpoints import find_weights_file, load_checkpoint
+    from cosmos_fast.utils.files import sha256_of
     from cosmos_fast.utils.ranks import place_of_environment
 
     if place_of_environment().world_size > 1:
@@ -186,8 +190,15 @@ def opened(shared: Shared) -> tuple[CosmosModel, Source]:
         source = sources.of_shards(shared.data, shared.max_samples, storage, shared.by)
     else:
         source = sources.of_files(shared.images, shared.max_samples)
-    model = load_checkpoint(shared.checkpoint, weights=shared.weights)  # type: ignore[arg-type]
-    return model.to(device), source
+    # Found once: a run that goes on has another newest checkpoint later.
+    file = find_weights_file(shared.checkpoint, shared.weights)  # type: ignore[arg-type]
+    model = load_checkpoint(file, weights=shared.weights)  # type: ignore[arg-type]
+    vision = model.config.vision
+    made = [
+        ("checkpoint", f"{file.name}, {shared.weights}, sha256 {sha256_of(file)}"),
+        ("model", f"{vision.image_size} px, patches of {vision.patch_size} px, {model.config.embed_dim} features"),
+    ]
+    return model.to(device), source, made
 
 
 def queries_of(source: Source, texts: Sequence[str], files: Sequence[Path], samples: int) -> list[Query]:
@@ -217,22 +228,20 @@ def with_bar(unit: str, total: int, make: Callable[[Callable[[], None]], Iterabl
 
 
 def save(
-    shared: Shared, model: CosmosModel, source: Source, kind: str, title: str, reading: str, sheets: list[Sheet]
+    shared: Shared,
+    source: Source,
+    made: list[tuple[str, str]],
+    kind: str,
+    title: str,
+    reading: str,
+    sheets: list[Sheet],
 ) -> None:
-    """Write the folder aside and let it appear."""
+    """Write the folder aside and let it appear. made: what opened() says of the model."""
     from cosmos_fast.evaluate.pictures.album import PAGE, Album, check_folder
     from cosmos_fast.exchange.export import appearing
-    from cosmos_fast.model.checkpoints import find_weights_file
-    from cosmos_fast.utils.files import sha256_of
 
-    weights = find_weights_file(shared.checkpoint, shared.weights)  # type: ignore[arg-type]
-    vision = model.config.vision
-    facts = [
-        ("images", f"{len(sheets)} sheets of {source.name}" if kind == "retrieval" else source.name),
-        ("checkpoint", f"{weights.name}, {shared.weights}, sha256 {sha256_of(weights)}"),
-        ("model", f"{vision.image_size} px, patches of {vision.patch_size} px, {model.config.embed_dim} features"),
-    ]
-    files = Album(kind, title, reading, sheets, facts).files()
+    images = f"{len(sheets)} sheets of {source.name}" if kind == "retrieval" else source.name
+    files = Album(kind, title, reading, sheets, [("images", images), *made]).files()
     with appearing(shared.out.resolve(), folder=True) as aside:
         for name, content in files.items():
             (aside / name).write_bytes(content)

@@ -14,7 +14,7 @@ from cosmos_fast.data.images import eval_crop, to_tensor
 from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.attention import WordWeight, patch_map, word_weights
 from cosmos_fast.evaluate.datasets.sets import SegmentationSet
-from cosmos_fast.evaluate.pictures import album, attention, choices, drawing, retrieval, segmentation
+from cosmos_fast.evaluate.pictures import attention, choices, drawing, retrieval, segmentation
 from cosmos_fast.evaluate.pictures.sources import Source
 from cosmos_fast.evaluate.pixels import short_side_view
 from cosmos_fast.evaluate.prompts import fill_templates, synonym_features
@@ -265,28 +265,3 @@ def test_named_classes_have_wordings_and_published_templates_and_no_truth(source
     assert [len(wordings) for wordings in classes.prompts] == [2, 1]
     assert len(classes.prompts[0][1]) == 80
     assert all("kitten" in prompt for prompt in classes.prompts[0][1])
-
-
-def test_lines_fit_and_long_words_are_cut() -> None:
-    lines = drawing.wrapped("a " + "w" * 300 + " and more words than one line holds", 200)
-    assert max(drawing.font(drawing.TEXT).getlength(line) for line in lines) <= 200
-    assert "".join(lines).replace(" ", "") == "a" + "w" * 300 + "andmorewordsthanonelineholds"
-    assert drawing.wrapped("", 50) == [""]
-    long = drawing.text_block("word " * 400, 120, most=3)
-    assert long.height == drawing.text_block("word\u00a0word " * 3, 50, most=3).height
-
-
-def test_words_are_the_darker_the_more_attended() -> None:
-    block = drawing.shaded_words([drawing.Shade("aaa", 0.0), drawing.Shade("bbb", 1.0)], 300)
-    pixels = np.asarray(block).astype(int).sum(axis=2)
-    first = drawing.font(drawing.TEXT).getlength("aaa")
-    assert pixels[2, 8] == 3 * 255
-    assert pixels[2, round(first) + 30] < 3 * 200
-
-
-@pytest.mark.parametrize(
-    ("key", "stem"),
-    [("a/b/dog 1.jpg", "dog_1"), ("../..", "picture"), ("é" * 80, "picture"), ("x" * 90 + ".png", "x" * 40)],
-)
-def test_names_of_files_are_plain(key, stem) -> None:
-    assert album.file_stem(key) == stem

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,6 @@ from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
 from cosmos_fast.evaluate.datasets import registry
-from cosmos_fast.evaluate.report import pictures as report_pictures
 from cosmos_fast.model.cosmos import create_model
 from tests.benchmark_folders.class_maps import LAYOUTS
 
@@ -193,6 +195,24 @@ def test_only_former_pictures_are_replaced_and_only_when_told(place, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_digest_is_of_the_checkpoint_that_is_shown(place, tmp_path, monkeypatch) -> None:
+    first, later = (tmp_path / f"run/checkpoints/step_0000000{number}" for number in (1, 2))
+    first.mkdir(parents=True)
+    shutil.copy(place / "cosmos.safetensors", first / "teacher.safetensors")
+    (first / "manifest.json").write_text("{}")
+
+    def meanwhile(unit: str, total: int, make: Callable[..., Any]) -> list[Any]:
+        first.rename(later)
+        (later / "teacher.safetensors").write_bytes(b"another")
+        return list(make(lambda: None))
+
+    monkeypatch.setattr(visualize, "with_bar", meanwhile)
+    given = ("--image", str(place / "photos/one.jpg"), "--checkpoint", str(tmp_path / "run"))
+    assert run(command, arguments(place, "attention", tmp_path / "out", *given)) == 0
+    shown = hashlib.sha256((place / "cosmos.safetensors").read_bytes()).hexdigest()
+    assert contents(tmp_path / "out")["made"]["checkpoint"] == f"teacher.safetensors, teacher, sha256 {shown}"
+
+
 def test_what_fails_half_way_leaves_the_former_pictures(place, tmp_path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
     call = arguments(place, "attention", out, "--image", str(place / "photos/one.jpg"))
@@ -278,14 +298,3 @@ def test_the_page_of_the_docs_runs_as_written(place, tmp_path, monkeypatch) -> N
             assert (Path(given[given.index("--out") + 1]) / "index.html").is_file()
         else:
             visualize.command.commands[kind].make_context(kind, given)
-
-
-def test_heat_is_brightest_where_the_map_is(place) -> None:
-    """The overlay of a map with one peak."""
-    grid = np.zeros((4, 4), dtype=np.float32)
-    grid[1, 2] = 1
-    grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    pixels = np.asarray(report_pictures.heat_overlay(grey, grid, 64)).astype(int).sum(axis=2)
-    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
-    assert 16 <= row < 32 <= column < 48
-    assert Image.open(io.BytesIO(report_pictures.png(grey))).size == (64, 64)
