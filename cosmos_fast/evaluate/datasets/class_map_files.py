@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cosmos_fast.data.images import MAX_PIXELS
 from cosmos_fast.evaluate.datasets.class_sets import published as published_classes
-from cosmos_fast.evaluate.datasets.layout import MAX_PIXELS, FileImages, all_there
+from cosmos_fast.evaluate.datasets.layout import FileImages, all_there
 from cosmos_fast.evaluate.datasets.matfile import read_mat
 from cosmos_fast.evaluate.datasets.sets import SegmentationSet, digest
 from cosmos_fast.evaluate.prompts import ClassSet, fill_templates

@@ -13,10 +13,8 @@ from PIL import Image
 
 from cosmos_fast.data import faults
 from cosmos_fast.data.faults import SampleFault
-from cosmos_fast.data.images import FORMATS, decode
+from cosmos_fast.data.images import FORMATS, MAX_PIXELS, decode
 from cosmos_fast.utils.errors import UserError
-
-MAX_PIXELS = 50_000_000
 
 
 def required(name: str, root: Path, *choices: str) -> Path:
@@ -81,7 +79,7 @@ class FileImages:
     def image(self, number: int) -> Image.Image:
         path = self.root / self.relative[number]
         try:
-            return decode(path.read_bytes(), MAX_PIXELS, formats=(*FORMATS, "BMP"))  # SUN397 has some, called .jpg
+            return decode(path.read_bytes(), formats=(*FORMATS, "BMP"))  # SUN397 has some, called .jpg
         except (OSError, SampleFault) as error:
             refuse_too_large(self.name, path, error)
             raise UserError(f"{self.name}: {path} is broken ({error}): unpack the data set again") from None

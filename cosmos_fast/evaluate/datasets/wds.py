@@ -16,7 +16,7 @@ from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.images import decode
 from cosmos_fast.data.index import IMAGE_EXTENSIONS, RECORD_EXTENSION, Index, open_source
 from cosmos_fast.data.records import parse_record, raw_captions
-from cosmos_fast.evaluate.datasets.layout import MAX_PIXELS, all_there, read_text, refuse_too_large, required, visible
+from cosmos_fast.evaluate.datasets.layout import all_there, read_text, refuse_too_large, required, visible
 from cosmos_fast.evaluate.datasets.pairs import retrieval_set
 from cosmos_fast.evaluate.datasets.sets import ClassificationSet, Reader, RetrievalSet, digest
 from cosmos_fast.evaluate.prompts import ClassSet
@@ -59,7 +59,7 @@ class ShardImages:
 
     def image(self, number: int) -> Image.Image:
         try:
-            return decode(self.member(number, self._extension(number), _MAX_BYTES), MAX_PIXELS)
+            return decode(self.member(number, self._extension(number), _MAX_BYTES))
         except SampleFault as error:
             refuse_too_large(self.name, self.key(number), error)
             raise UserError(f"{self.name}: {self.key(number)}: {error}: take another copy of the shard") from None
