@@ -5,7 +5,6 @@ A collective ends when the slowest rank has come, so that most of what it takes 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cosmos_fast.utils.phases import PhaseClock, no_clock
+from cosmos_fast.utils.phases import Lane, PhaseClock, no_clock
 
 COLLECTIVES = (
     *("all_reduce", "all_reduce_coalesced", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast"),
@@ -25,13 +24,13 @@ COLLECTIVES = (
 class CommunicationClock:
     """A phase clock that adds up the communication of steps and hands every phase on.
 
-    Nothing waits for it: on a CPU it reads the wall clock, on CUDA it records events in the current stream, which are
-    read by take_ms(). There it is the time that the stream stands still; a collective that goes on beside computing
-    costs nothing.
+    Nothing waits for it: on a CPU it reads the wall clock, on CUDA it records events in the stream of begin_step(),
+    which are read by take_ms(). There it is the time that this stream stands still in a collective. What is sent in
+    another one, as DeepSpeed's overlap_comm does, goes on beside computing and does not count.
     """
 
     def __init__(self, device: torch.device, inner: PhaseClock = no_clock) -> None:
-        self._cuda = device.type == "cuda"
+        self._lane = Lane(device)
         self._inner = inner
         self._depth = 0
         self._spans: list[tuple[Any, Any]] = []
@@ -43,6 +42,7 @@ class CommunicationClock:
 
     def begin_step(self) -> None:
         """What has been sent since the last step, such as a checkpoint's parts, does not count."""
+        self._lane.take_current()
         self._spans.clear()
 
     def end_step(self) -> None:
@@ -53,30 +53,21 @@ class CommunicationClock:
     def take_ms(self) -> float:
         """Milliseconds of the steps since the last call; on CUDA it waits until they are over."""
         spans, self._of_steps = self._of_steps, []
-        if not self._cuda:
-            return 1e3 * sum(end - begin for begin, end in spans)
         if spans:
-            torch.cuda.synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in spans)
+            self._lane.synchronize()
+        return sum(self._lane.between_ms(begin, end) for begin, end in spans)
 
     @contextmanager
     def _communication(self) -> Iterator[None]:
         self._depth += 1
-        begin = self._mark() if self._depth == 1 else None
+        begin = self._lane.mark() if self._depth == 1 and self._lane.is_current else None
         try:
             with self._inner("communication"):
                 yield
         finally:
             self._depth -= 1
             if begin is not None:
-                self._spans.append((begin, self._mark()))
-
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+                self._spans.append((begin, self._lane.mark()))
 
 
 def time_collectives(backend: Any, clock: PhaseClock) -> None:

@@ -42,18 +42,58 @@ class Ledger:
         return 100.0 * self.phase_ms[phase] / self.wall_ms
 
 
+class Lane:
+    """Where time is read: a CPU's wall clock, or the CUDA stream that was current at take_current().
+
+    A process may work in several streams at a time, and the events of two are in no order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cuda = device.type == "cuda"
+        self._stream: Any = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether work that begins now goes here; before take_current() only on a CPU."""
+        return not self._cuda or (self._stream is not None and torch.cuda.current_stream(self._device) == self._stream)
+
+    def take_current(self) -> None:
+        """From now on it is the stream that is current."""
+        if self._cuda:
+            self._stream = torch.cuda.current_stream(self._device)
+
+    def mark(self) -> Any:
+        """This moment, or the one when the stream gets here."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+    def between_ms(self, begin: Any, end: Any) -> float:
+        """From one mark to another; on CUDA after synchronize()."""
+        return float(begin.elapsed_time(end)) if self._cuda else 1e3 * float(end - begin)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+
+
 class PhaseTimer:
     """A clock that keeps a timeline: every entry to and exit from a phase is a mark, and the time up to the next mark
     belongs to whatever phase is innermost then.
 
     On a CPU a mark is a reading of the wall clock. On CUDA it is an event in the stream, and nothing waits for it: the
     ledger is then the GPU's timeline, where time that the GPU spends waiting for the host counts to the phase in which
-    it waits, and work of the host that the GPU does not wait for does not show. Phases also appear as ranges in a
-    trace of torch's profiler.
+    it waits, and work of the host that the GPU does not wait for does not show. It is the stream of start(): a phase
+    that is entered in another one goes on beside it, and counts to the phase around it. Phases also appear as ranges in
+    a trace of torch's profiler.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
+        self._lane = Lane(device)
         self._open: list[str] = []
         self._marks: list[tuple[str, Any]] = []
         self._started = 0.0
@@ -66,7 +106,8 @@ class PhaseTimer:
     def start(self) -> None:
         """Forget everything and begin to count; between two steps."""
         assert not self._open, f"inside phase {self._open[-1]}"
-        self._synchronize()
+        self._lane.synchronize()
+        self._lane.take_current()
         self._marks.clear()
         self._started = time.perf_counter()
         self._mark(OTHER)
@@ -75,35 +116,29 @@ class PhaseTimer:
         """What went on since start(), divided by `steps`; waits for the device."""
         assert self._marks, "start() first"
         self._mark(OTHER)
-        self._synchronize()
+        self._lane.synchronize()
         wall_ms = 1e3 * (time.perf_counter() - self._started)
         totals = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             if phase != OTHER:
-                totals[phase] += begin.elapsed_time(end) if self._cuda else 1e3 * (end - begin)
+                totals[phase] += self._lane.between_ms(begin, end)
         self._marks.clear()
         totals[OTHER] = wall_ms - sum(totals.values())
         return Ledger({phase: ms / steps for phase, ms in totals.items()}, wall_ms / steps, steps)
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
-        self._open.append(phase)
-        self._mark(phase)
+        counts = self._lane.is_current
+        if counts:
+            self._open.append(phase)
+            self._mark(phase)
         try:
             with torch.profiler.record_function(f"phase: {phase}"):
                 yield
         finally:
-            self._open.pop()
-            self._mark(self._open[-1] if self._open else OTHER)
+            if counts:
+                self._open.pop()
+                self._mark(self._open[-1] if self._open else OTHER)
 
     def _mark(self, phase: str) -> None:
-        if self._cuda is None:
-            self._marks.append((phase, time.perf_counter()))
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._cuda))
-        self._marks.append((phase, event))
-
-    def _synchronize(self) -> None:
-        if self._cuda is not None:
-            torch.cuda.synchronize(self._cuda)
+        self._marks.append((phase, self._lane.mark()))

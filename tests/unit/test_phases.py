@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 
+from cosmos_fast.engine.communication import CommunicationClock
 from cosmos_fast.utils import peak_rates, phases
 from cosmos_fast.utils.peak_rates import matmul_flops_per_s, measured_rate, peak_rate, published_peak
 from cosmos_fast.utils.phases import OTHER, PHASES, Ledger, PhaseTimer, no_clock
-from tests.hand_clock import HandClock
+from tests.hand_clock import HandClock, HandStreams
 
 CPU = torch.device("cpu")
 
@@ -88,27 +89,10 @@ def test_unknown_phases_are_a_mistake_with_either_clock() -> None:
             clock("lunch")
 
 
-class FakeEvent:
-    """An event of a GPU that keeps up with its host."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-        self.at_ms = float("nan")
-
-    def record(self, stream: object) -> None:
-        self.at_ms = 1e3 * phases.time.perf_counter()
-
-    def elapsed_time(self, later: FakeEvent) -> float:
-        return later.at_ms - self.at_ms
-
-
 def test_on_cuda_events_are_recorded_and_nothing_waits_between_start_and_stop(
     hand_clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits: list[torch.device] = []
-    monkeypatch.setattr(phases.torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(phases.torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(phases.torch.cuda, "synchronize", waits.append)
+    waits = HandStreams(monkeypatch, hand_clock).waits
     timer = PhaseTimer(torch.device("cuda"))
     timer.start()
     assert len(waits) == 1
@@ -121,6 +105,23 @@ def test_on_cuda_events_are_recorded_and_nothing_waits_between_start_and_stop(
     ledger = timer.stop(steps=1)
     assert len(waits) == 2
     check(ledger, wall_ms=9, teacher=3, student=5)
+
+
+def test_a_phase_in_another_stream_goes_on_beside_the_one_around_it(
+    hand_clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = HandStreams(monkeypatch, hand_clock)
+    timer = PhaseTimer(torch.device("cuda"))
+    timer.start()
+    with timer("backward"):
+        hand_clock.pass_ms(4)
+        with streams.current("side"), timer("communication"):
+            streams.late_ms["side"] = 700  # that stream is behind
+            hand_clock.pass_ms(1)
+        hand_clock.pass_ms(3)
+        with timer("communication"):
+            hand_clock.pass_ms(2)
+    check(timer.stop(steps=1), wall_ms=10, backward=8, communication=2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -136,6 +137,23 @@ def test_on_a_gpu_the_work_counts_to_its_phase_although_the_host_has_gone_on() -
     assert ledger.phase_ms["loss"] < 1
     assert sum(ledger.phase_ms.values()) == pytest.approx(ledger.wall_ms)
     assert ledger.phase_ms[OTHER] < 0.2 * ledger.wall_ms
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_a_gpu_what_another_stream_does_is_hidden() -> None:
+    device, side = torch.device("cuda"), torch.cuda.Stream()
+    timer = PhaseTimer(device)
+    clock = CommunicationClock(device, timer)
+    timer.start()
+    clock.begin_step()
+    with clock("backward"):
+        torch.cuda._sleep(50_000_000)
+        with torch.cuda.stream(side), clock("communication"):
+            torch.cuda._sleep(50_000_000)
+    clock.end_step()
+    ledger = timer.stop(1)
+    assert ledger.phase_ms["backward"] > 10
+    assert clock.take_ms() == ledger.phase_ms["communication"] == 0
 
 
 @pytest.mark.parametrize(

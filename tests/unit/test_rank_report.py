@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos_fast.engine import communication
 from cosmos_fast.engine.communication import CommunicationClock, time_collectives
 from cosmos_fast.engine.rank_report import RankReport, RankTimes, described
+from cosmos_fast.utils import phases
 from cosmos_fast.utils.memory import MIB
-from tests.hand_clock import HandClock
+from tests.hand_clock import HandClock, HandStreams
 
 
 def times(**changes: float) -> RankTimes:
@@ -63,7 +63,7 @@ def test_one_process_waits_for_nobody() -> None:
 
 
 def test_only_what_steps_send_counts_and_what_lies_inside_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    hand = HandClock(monkeypatch, communication)
+    hand = HandClock(monkeypatch, phases)
     entered: list[str] = []
 
     @contextmanager
@@ -93,8 +93,33 @@ def test_only_what_steps_send_counts_and_what_lies_inside_counts_once(monkeypatc
     assert entered == ["communication", "backward", *["communication"] * 4]
 
 
+def test_on_cuda_what_is_sent_beside_computing_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    hand = HandClock(monkeypatch, phases)
+    streams = HandStreams(monkeypatch, hand)
+    clock = CommunicationClock(torch.device("cuda"))
+    with clock("communication"):  # before the first step there is no stream to count in
+        hand.pass_ms(1000)
+    clock.begin_step()
+    with streams.current("side"), clock("communication"):  # as with overlap_comm
+        hand.pass_ms(90)
+    with clock("communication"):
+        hand.pass_ms(5)
+        with streams.current("side"), clock("communication"):
+            streams.late_ms["side"] = 700
+            hand.pass_ms(1)
+    clock.end_step()
+    assert clock.take_ms() == pytest.approx(6)
+    assert len(streams.waits) == 1
+    with streams.current("side"):  # a process may compute in a stream of its own
+        clock.begin_step()
+        with clock("communication"):
+            hand.pass_ms(3)
+        clock.end_step()
+    assert clock.take_ms() == pytest.approx(3)
+
+
 def test_collectives_of_a_backend_are_told_to_the_newest_clock_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    hand = HandClock(monkeypatch, communication)
+    hand = HandClock(monkeypatch, phases)
 
     class Work:
         kind = "work"
