@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -238,6 +239,7 @@ def save(
 ) -> None:
     """Write the folder aside and let it appear. made: what opened() says of the model."""
     from cosmos_fast.evaluate.pictures.album import PAGE, Album, check_folder
+    from cosmos_fast.evaluate.pictures.drawing import undrawn
     from cosmos_fast.exchange.export import appearing
 
     images = f"{len(sheets)} sheets of {source.name}" if kind == "retrieval" else source.name
@@ -247,3 +249,8 @@ def save(
             (aside / name).write_bytes(content)
         check_folder(shared.out, shared.overwrite)
     click.echo(f"wrote {len(sheets)} pictures and {shared.out / PAGE}")
+    boxes = undrawn(json.dumps([[sheet.key, sheet.numbers] for sheet in sheets], ensure_ascii=False))
+    if boxes:
+        click.echo(
+            f"the font of the PNG sheets lacks {len(boxes)} characters ({boxes[:10]}); {PAGE} shows them", err=True
+        )

@@ -29,6 +29,39 @@ def test_words_are_the_darker_the_more_attended() -> None:
     assert pixels[2, round(first) + 30] < 3 * 200
 
 
+def last_ink(block: Image.Image) -> int:
+    """The column right of all that is drawn."""
+    return int(np.flatnonzero((np.asarray(block) < 128).any(axis=(0, 2)))[-1]) + 1
+
+
+def test_a_word_longer_than_a_line_is_cut_and_keeps_its_shade() -> None:
+    long = drawing.shaded_words([drawing.Shade("a", 0.0), drawing.Shade("红" * 100, 1.0)], 200)
+    short = drawing.shaded_words([drawing.Shade("a", 0.0)], 200)
+    assert long.width == 200
+    assert long.height > 5 * short.height
+    assert last_ink(long) < 200  # a margin at the edge, where a word that goes on has none
+    ground = np.asarray(long)[:, 2].astype(int).sum(axis=1)
+    assert (ground[short.height :] < 3 * 200).mean() > 0.5
+
+
+def test_what_does_not_fit_ends_in_an_ellipsis_inside_its_box() -> None:
+    face = drawing.font(drawing.TEXT)
+    assert drawing._shortened("short", 100, face) == "short"
+    for text in ("w" * 300, "w" * 300 + " …"):
+        line = drawing._shortened(text, 100, face)
+        assert line.endswith("w …")
+        assert 80 < face.getlength(line) <= 100
+    assert last_ink(drawing.text_block("w" * 300, 100, most=2)) <= 100
+    marks = [np.asarray(drawing.legend([name], ["#ff0000"], 100)) for name in ("w" * 300, "w" * 200)]
+    assert np.array_equal(*marks)
+    assert last_ink(Image.fromarray(marks[0])) <= 100
+
+
+def test_letters_that_the_font_lacks_are_known() -> None:
+    assert drawing.undrawn("Straße, “naïve” – Ελληνικά, Кириллица … ✓ ✗ ⟨start⟩ \n\u200d") == ""
+    assert drawing.undrawn("a 红 สุ न 🐶 红") == "".join(sorted("红สุन🐶"))
+
+
 @pytest.mark.parametrize(
     ("key", "stem"),
     [("a/b/dog 1.jpg", "dog_1"), ("../..", "picture"), ("é" * 80, "picture"), ("x" * 90 + ".png", "x" * 40)],

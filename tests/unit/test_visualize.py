@@ -80,15 +80,18 @@ def test_attention_of_a_folder_with_captions_and_of_one_image(place, tmp_path, c
     out = tmp_path / "out"
     photos = ("--image", str(place / "photos/one.jpg"), "--image", str(place / "photos/two.PNG"))
     assert run(command, arguments(place, "attention", out, *photos)) == 0
-    assert f"wrote 2 pictures and {out}/index.html" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert f"wrote 2 pictures and {out}/index.html" in told.out
+    assert "lacks" not in told.err
     sheets = contents(out)["sheets"]
     assert [sheet["of"] for sheet in sheets] == ["one.jpg", "two.PNG"]
     assert [[shown["caption"] for shown in sheet["captions"]] for sheet in sheets] == [[STRANGE, "a dog"], ["a cat"]]
     assert str(place) not in (out / "index.html").read_text() + (out / "pictures.json").read_text()
-    more = ("--image", str(place / "photos"), "--caption", "grass", "--samples", "2", "--overwrite")
+    more = ("--image", str(place / "photos"), "--caption", "草", "--samples", "2", "--overwrite")
     assert run(command, arguments(place, "attention", out, *more)) == 0
     sheets = contents(out)["sheets"]
-    assert [[shown["caption"] for shown in sheet["captions"]] for sheet in sheets] == [["grass"]] * 2
+    assert [[shown["caption"] for shown in sheet["captions"]] for sheet in sheets] == [["草"]] * 2
+    assert "lacks 1 characters (草); index.html shows them" in capsys.readouterr().err
 
 
 def test_retrieval_in_a_folder_by_its_own_captions_and_by_ones_own_queries(place, tmp_path) -> None:
@@ -268,13 +271,8 @@ def test_mistakes_end_in_one_line_and_leave_nothing(place, tmp_path, capsys, mis
 
 
 def test_under_a_launcher_nothing_is_made(place, tmp_path, monkeypatch, capsys) -> None:
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "x",
-        "MASTER_PORT": "1",
-    }.items():
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     assert run(command, arguments(place, "attention", tmp_path / "out", "--image", str(place / "photos"))) == 2
     assert "without a launcher" in capsys.readouterr().err

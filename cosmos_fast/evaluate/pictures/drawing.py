@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import matplotlib
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from cosmos_fast.evaluate.report.pictures import rgb
@@ -23,8 +25,17 @@ Colour = tuple[int, int, int]
 @lru_cache
 def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """matplotlib's own font: the same on every machine, Latin, Greek and Cyrillic."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size)
+    return ImageFont.truetype(_font_file("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
+
+
+def _font_file(name: str) -> str:
+    return str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name)
+
+
+def undrawn(text: str) -> str:
+    """The printable characters of a text that the font lacks, each once, sorted: sheets show boxes for them."""
+    known = FT2Font(_font_file("DejaVuSans.ttf")).get_charmap()
+    return "".join(sorted(letter for letter in set(text) if letter.isprintable() and ord(letter) not in known))
 
 
 def wrapped(text: str, width: int, size: int = TEXT, bold: bool = False) -> list[str]:
@@ -37,7 +48,8 @@ def wrapped(text: str, width: int, size: int = TEXT, bold: bool = False) -> list
             lines[-1] = longer
             continue
         while len(word) > 1 and face.getlength(word) > width:
-            fits = max(1, next(n for n in range(len(word), 0, -1) if n == 1 or face.getlength(word[:n]) <= width))
+            starts = [word[:n] for n in range(1, min(len(word), width + 1))]  # letters are a pixel wide or more
+            fits = max(1, bisect_right(starts, width, key=face.getlength))
             lines.append(word[:fits])
             word = word[fits:]
         lines.append(word)
@@ -50,13 +62,23 @@ def text_block(
     """Words in a box `width` wide and as high as they need, `most` lines of them."""
     lines = wrapped(text, width, size, bold)
     if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1].rstrip(" .,") + " …"]
+        lines = [*lines[: most - 1], _shortened(lines[most - 1].rstrip(" .,") + " …", width, font(size, bold))]
     step = round(1.35 * size)
     block = Image.new("RGB", (width, max(1, step * len(lines))), PAPER)
     draw = ImageDraw.Draw(block)
     for number, line in enumerate(lines):
         draw.text((0, number * step), line, fill=colour, font=font(size, bold))
     return block
+
+
+def _shortened(text: str, width: int, face: ImageFont.FreeTypeFont) -> str:
+    """One line: a text that is wider loses letters before an ellipsis at its end."""
+    if face.getlength(text) <= width:
+        return text
+    kept = text.removesuffix(" …")
+    while kept and face.getlength(f"{kept} …") > width:
+        kept = kept[:-1]
+    return f"{kept} …"
 
 
 def framed(image: Image.Image, colour: Colour, border: int = 4) -> Image.Image:
@@ -109,12 +131,13 @@ class Shade:
 
 
 def shaded_words(words: Sequence[Shade], width: int, size: int = TEXT) -> Image.Image:
-    """Words in lines, each on a ground that is the darker the stronger it is."""
+    """Words in lines, each on a ground that is the darker the stronger it is; one longer than a line is cut."""
     face = font(size)
     step, inner = round(2.0 * size), 6
     places: list[tuple[int, int, int, Shade]] = []
     left = top = 0
-    for word in words:
+    cut = (Shade(part, word.strength) for word in words for part in wrapped(word.text, width - 2 * inner, size))
+    for word in cut:
         reach = round(face.getlength(word.text)) + 2 * inner
         if left and left + reach > width:
             left, top = 0, top + step
@@ -131,12 +154,13 @@ def shaded_words(words: Sequence[Shade], width: int, size: int = TEXT) -> Image.
 
 
 def legend(names: Sequence[str], colours: Sequence[str], width: int, size: int = TEXT) -> Image.Image:
-    """Names, each behind a square of its colour."""
+    """Names, each behind a square of its colour; one longer than a line ends in an ellipsis."""
     face, square = font(size), size
     step = round(1.7 * size)
     places: list[tuple[int, int, str, str]] = []
     left = top = 0
-    for name, colour in zip(names, colours, strict=True):
+    for whole, colour in zip(names, colours, strict=True):
+        name = _shortened(whole, width - square - 7, face)
         reach = square + 7 + round(face.getlength(name)) + 18
         if left and left + reach > width:
             left, top = 0, top + step
