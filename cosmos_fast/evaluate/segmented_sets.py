@@ -85,7 +85,8 @@ def segmented(
 
     def read(number: int) -> _Read:
         image = found.images.image(number)
-        return _Read(segmentation_view(image, window, protocol), found.truth(number))
+        name = f"{found.name}: {found.images.key(number)}"
+        return _Read(segmentation_view(image, window, protocol, name), found.truth(number))
 
     def inputs() -> Iterator[tuple[Tensor, tuple[int, int]]]:
         for one in ahead(read, numbers, threads, waiting=threads + 1):
