@@ -49,7 +49,7 @@ def wrapped(text: str, width: int, size: int = TEXT, bold: bool = False) -> list
             continue
         while len(word) > 1 and face.getlength(word) > width:
             starts = [word[:n] for n in range(1, min(len(word), width + 1))]  # letters are a pixel wide or more
-            fits = max(1, bisect_right(starts, width, key=face.getlength))
+            fits = max(1, bisect_right(starts, float(width), key=face.getlength))
             lines.append(word[:fits])
             word = word[fits:]
         lines.append(word)
