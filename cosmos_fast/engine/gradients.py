@@ -2,8 +2,8 @@
 
 negatives="micro": the step's gradient is the mean over micro-batches, each with a loss of its own.
 
-negatives="all": it is that of one batch of all their samples, at the memory of one micro-batch. With features f_k of
-micro-batch k, parameters w and a loss L over all features, dL/dw = sum_k (dL/df_k) (df_k/dw):
+negatives="all": it is that of one batch of all their samples, at the activations of one micro-batch. With features f_k
+of micro-batch k, parameters w and a loss L over all features, dL/dw = sum_k (dL/df_k) (df_k/dw):
 
     1. features of every micro-batch without a graph, the last one with; L and dL/df over all of them
     2. micro-batch by micro-batch: features again, now with a graph, and dL/df_k back through it
@@ -48,9 +48,9 @@ class Passes(Protocol):
 class Gradients:
     """Forward and backward of one optimizer step.
 
-    Batches move to the model's device one at a time. negatives: what a sample is held against, its micro-batch or all
-    samples of the step. clock: told of every phase. scaler: of the loss; gradients come out too large by its factor.
-    passes: None for the student's own.
+    Batches of another device move to the model's one at a time; those of data.Loader are there already. negatives: what
+    a sample is held against, its micro-batch or all samples of the step. clock: told of every phase. scaler: of the
+    loss; gradients come out too large by its factor. passes: None for the student's own.
     """
 
     student: CosmosModel

@@ -103,6 +103,14 @@ def test_memory_of_one_fp32_rank_is_the_estimate_of_train() -> None:
     assert found["masters"] == 0
 
 
+def test_all_images_of_a_step_lie_on_the_gpu() -> None:
+    steps = (1, 2, 8)
+    found = [memory_bytes(paper(), PARAMETERS, layout(8, 1, accumulate_steps=count)) for count in steps]
+    image = 3 * (2 * 224**2 + 6 * 96**2) * 2
+    assert [each["input"] for each in found] == [count * 32 * image for count in (2, 2, 8)]
+    assert len({each["activations"] for each in found}) == 1
+
+
 def test_stages_divide_what_they_say() -> None:
     one, ranks = 4 * PARAMETERS, 64
     found = [state_bytes(paper(), PARAMETERS, layout(ranks, stage, precision="fp32")) for stage in range(4)]

@@ -24,7 +24,8 @@ from cosmos_fast.engine.estimate import activation_values, remade_values
 from cosmos_fast.engine.plan.layout import Layout
 from cosmos_fast.engine.plan.traffic import REUSED_VALUES, bucket_values, teacher_units, term_views
 
-# Batches on the GPU at a time: the one at work, and the one on its way.
+# Batches on the GPU at least: the one at work, and the one on its way. A step begins when all of its micro-batches are
+# there: where their losses share the negatives, their images are needed twice.
 _BATCHES = 2
 
 
@@ -72,7 +73,7 @@ def _teacher_in_parts(config: TrainConfig) -> int:
 
 
 def batch_bytes(config: TrainConfig, layout: Layout) -> dict[str, int]:
-    """What grows with the batch: activations of one micro-batch, the losses' tensors, the images."""
+    """What grows with the batch: activations of one micro-batch, the losses' tensors, all images of a step."""
     model, views, recompute = config.model, config.data.views, config.compute.checkpoint_activations
     kept = activation_values(model, views, recompute) + remade_values(model, views, recompute)
     side, local = model.vision.image_size, views.local_image_size
@@ -80,7 +81,7 @@ def batch_bytes(config: TrainConfig, layout: Layout) -> dict[str, int]:
     return {
         "activations": layout.batch_size * kept * layout.value_bytes,
         "loss": loss_bytes(config, layout),
-        "input": _BATCHES * layout.batch_size * pixels * layout.value_bytes,
+        "input": max(_BATCHES, layout.accumulate_steps) * layout.batch_size * pixels * layout.value_bytes,
     }
 
 
