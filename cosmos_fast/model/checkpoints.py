@@ -18,13 +18,16 @@ from torch.overrides import TorchFunctionMode
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.model.open_clip_config import described_beside
 from cosmos_fast.model.stored import FORMAT, MANIFEST, StoredTensors, parts_in
 from cosmos_fast.model.torch_file import read_torch_file
-from cosmos_fast.model.weights import check_stored, infer_config, strip_module_prefix
+from cosmos_fast.model.weights import OPENAI_NUMBERS, check_stored, infer_config, strip_prefixes
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.hub import local_path
+from cosmos_fast.utils.logging import get_logger
 
 WeightsOf = Literal["teacher", "student"]
+_log = get_logger(__name__)
 
 
 def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosModel:
@@ -44,8 +47,11 @@ def load_checkpoint(path: str | Path, weights: WeightsOf = "teacher") -> CosmosM
     file = find_weights_file(Path(path), weights)
     state_dict, config = _read(file, weights)
     try:
-        state_dict = strip_module_prefix(state_dict)
-        model = _model_of(config or infer_config(state_dict), state_dict)
+        state_dict = strip_prefixes(state_dict)
+        if any(name in state_dict for name in OPENAI_NUMBERS):
+            _log.warning("%s holds OpenAI's weights, trained with QuickGELU: exact GELU gives other features", file)
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in OPENAI_NUMBERS}
+        model = _model_of(config or infer_config(state_dict, described_beside(file)), state_dict)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return model.eval()
@@ -76,8 +82,11 @@ def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     """The file that holds the weights a path stands for; of a checkpoint in parts its manifest, which holds the SHA-256
     of each."""
     path = local_path(path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, for instance
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from None
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist")
     folder = path
@@ -130,15 +139,38 @@ def _read_safetensors(file: Path) -> tuple[Mapping[str, Tensor], ModelConfig | N
 def _model_in(metadata: Mapping[str, str], path: Path) -> ModelConfig:
     """The architecture that a file's metadata describe."""
     try:
-        return ModelConfig.from_openclip(json.loads(metadata["model"]))
-    except (KeyError, json.JSONDecodeError, RecursionError):
+        described = json.loads(metadata["model"])
+    except (KeyError, ValueError, RecursionError):
         raise UserError(f"{path} does not say what model its weights are of: it is damaged") from None
+    return _described(described, path)
+
+
+def _described(described: Any, path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_openclip(described)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _read_torch(file: Path, weights: WeightsOf) -> tuple[Mapping[str, Tensor], None]:
-    return _select(read_torch_file(file), weights, file), None
+def _read_torch(file: Path, weights: WeightsOf) -> tuple[Mapping[str, Tensor], ModelConfig | None]:
+    content = read_torch_file(file)
+    state_dict = _select(content, weights, file)  # refuses what is no dict
+    return state_dict, _model_of_export(content, file)
+
+
+def _model_of_export(content: Mapping[Any, Any], file: Path) -> ModelConfig | None:
+    """The architecture in a file of `export --to original`; other programs use its key otherwise."""
+    described = content.get("model")
+    if not (isinstance(described, Mapping) and "crossmodal" in described):
+        return None
+    towers = [value for value in described.values() if isinstance(value, Mapping)]
+    numbers = [value for value in described.values() if not isinstance(value, Mapping)]
+    numbers += [value for tower in towers for value in tower.values()]
+    names = [name for named in (described, *towers) for name in named]
+    # Containers further inside may hold each other so often that no message could show them.
+    if not all(type(name) is str for name in names) or not all(type(value) in (int, bool) for value in numbers):
+        raise UserError(f"{file} does not say what model its weights are of: it is damaged")
+    return _described(described, file)
 
 
 def _select(content: Any, weights: WeightsOf, file: Path) -> Mapping[str, Tensor]:

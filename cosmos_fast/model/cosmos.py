@@ -20,7 +20,7 @@ from cosmos_fast.config import ModelConfig, named_model
 from cosmos_fast.model.cross_pool import CrossAttentionPool
 from cosmos_fast.model.text import TextTower
 from cosmos_fast.model.vision import VisionTower
-from cosmos_fast.model.weights import check_state_dict, strip_module_prefix
+from cosmos_fast.model.weights import check_state_dict, strip_prefixes
 from cosmos_fast.utils.errors import UserError
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
@@ -180,7 +180,7 @@ class CosmosModel(TextTower):
         Raises:
             UserError: names or shapes that do not fit, named.
         """
-        stripped = strip_module_prefix(state_dict)
+        stripped = strip_prefixes(state_dict)
         check_state_dict(self.state_dict(), stripped)
         self.load_state_dict(stripped)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,24 +12,33 @@ from torch import Tensor
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
 from cosmos_fast.utils.errors import UserError
 
+DESCRIPTION = "open_clip_config.json"  # beside weights, as OpenCLIP publishes them
 HEADS_OF_WIDTH = 64  # CLIP's head width wherever a checkpoint does not say
 # What COSMOS has beyond CLIP, for its training: no feature of an image or a caption needs it.
 CROSSMODAL = (
     *("image_token_mapping.", "text_token_mapping.", "visual.attn_cross_pool.", "text_attn_cross_pool."),
     "distill_logit_scale",
 )
+OPENAI_NUMBERS = ("input_resolution", "context_length", "vocab_size")  # among the weights of its programs
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Vision widths of OpenCLIP's ViT-H, g and bigG, whose heads are wider.
+OTHER_HEADS = (1280, 1408, 1664)
 
 
-def strip_module_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the `module.` that data-parallel wrappers put in front.
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the `module.` and `_orig_mod.` that data-parallel wrappers and torch.compile put in front.
 
     Raises:
-        UserError: a name that is there with and without it.
+        UserError: a name that is there twice.
     """
-    stripped = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
-    if len(stripped) < len(state_dict):
-        twice = next(name for name in state_dict if f"module.{name}" in state_dict)
-        raise UserError(f"weights hold both {twice} and module.{twice}: keep one of them")
+    stripped: dict[str, Tensor] = {}
+    first: dict[str, str] = {}
+    for name, tensor in state_dict.items():
+        bare = _PREFIXES.sub("", name)
+        if bare in stripped:
+            both = sorted((first[bare], name), key=len)
+            raise UserError(f"weights hold both {both[0]} and {both[1]}: keep one of them")
+        stripped[bare], first[bare] = tensor, name
     return stripped
 
 
@@ -80,13 +90,15 @@ def check_state_dict(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]
         raise UserError(f"weights do not fit this architecture ({'; '.join(problems)})")
 
 
-def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
+def infer_config(state_dict: Mapping[str, Tensor], described: ModelConfig | None = None) -> ModelConfig:
     """The architecture that a state dict under the original's names belongs to.
 
-    Shapes tell everything but the number of heads; CLIP's 64 channels a head are assumed, as in all released weights.
+    Shapes tell everything but the number of heads, which `described` tells; without it CLIP's 64 channels a head are
+    assumed, as in all released weights.
 
     Raises:
-        UserError: the tensors are not those of a CLIP or COSMOS model.
+        UserError: the tensors are not those of a CLIP or COSMOS model, or of the described one, or of one whose heads
+            are known to be of another width.
     """
     needed = ("visual.conv1.weight", "visual.positional_embedding", "positional_embedding", "token_embedding.weight",
               "text_projection")  # fmt: skip
@@ -101,24 +113,32 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
     width, _, patch, _ = conv.shape
     grid = round((positions.shape[0] - 1) ** 0.5)
     context, text_width = state_dict["positional_embedding"].shape
-    return ModelConfig(
+    if described is None and width in OTHER_HEADS:
+        raise UserError(
+            f"a vision tower of width {width} has heads of another width than {HEADS_OF_WIDTH} in OpenCLIP, and "
+            f"nothing here says which: put its {DESCRIPTION} beside the file"
+        )
+    found = ModelConfig(
         embed_dim=state_dict["text_projection"].shape[1],
         vision=VisionConfig(
             image_size=grid * patch,
             patch_size=patch,
             width=width,
             layers=_count_blocks(state_dict, r"visual\.transformer\.resblocks\.(\d+)\."),
-            head_width=HEADS_OF_WIDTH,
+            head_width=described.vision.head_width if described else HEADS_OF_WIDTH,
         ),
         text=TextConfig(
             context_length=context,
             vocab_size=state_dict["token_embedding.weight"].shape[0],
             width=text_width,
-            heads=max(1, text_width // HEADS_OF_WIDTH),
+            heads=described.text.heads if described else max(1, text_width // HEADS_OF_WIDTH),
             layers=_count_blocks(state_dict, r"transformer\.resblocks\.(\d+)\."),
         ),
         crossmodal="image_token_mapping.weight" in state_dict,
     )
+    if described and replace(found, crossmodal=False) != replace(described, crossmodal=False):
+        raise UserError(f"{DESCRIPTION} beside it describes another model: mend it, or move the weights elsewhere")
+    return found
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor], pattern: str) -> int:

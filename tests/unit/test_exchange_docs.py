@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,21 @@ from cosmos_fast import load_checkpoint
 from cosmos_fast.cli import train
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.exchange.formats import FORMATS
+from cosmos_fast.recipes import get_recipe
 from tests.tiny_run import make_trainer, tiny_config
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "exchange.md").read_text()
 LINES = [shlex.split(line) for line in TEXT.splitlines() if line.startswith("cosmos-fast ")]
-WORDS = "model.text={context_length: 12, width: 64, heads: 1, layers: 1}"
-VISION = "model.vision={image_size: 16, patch_size: 8, width: 64, layers: 1}"
+MODEL = get_recipe("demo").model
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the run of the demo, and a photograph."""
     monkeypatch.chdir(tmp_path)
-    heads = ("model.embed_dim=16", "model.pool_heads=8")
-    make_trainer(tiny_config(Path("runs/demo"), WORDS, VISION, *heads, "name=cosmos", "run.max_steps=1")).fit()
+    config = tiny_config(Path("runs/demo"), "name=cosmos", "run.max_steps=1", "run.batch_size=2")
+    make_trainer(replace(config, model=MODEL)).fit()
     Image.fromarray(np.zeros((20, 30, 3), dtype=np.uint8)).save("photo.jpg")
     return tmp_path
 
@@ -49,7 +50,9 @@ def test_the_page_from_export_to_python(place, capsys):
     capsys.readouterr()
     exec(compile(python_of(TEXT), "exchange.md", "exec"), {})
     assert re.search(r"tensor\(\[\[ *-?\d", capsys.readouterr().out)
-    assert load_checkpoint("cosmos_clip/open_clip_model.safetensors").config.embed_dim == 16
+    for written in ("runs/demo/cosmos", "cosmos.pt", "student.safetensors"):
+        assert load_checkpoint(written).config == MODEL
+    assert load_checkpoint("cosmos_clip/open_clip_model.safetensors").config == replace(MODEL, crossmodal=False)
 
 
 def test_the_page_names_every_format() -> None:

@@ -15,6 +15,7 @@ from cosmos_fast.engine.checkpoint import list_checkpoints
 from cosmos_fast.exchange import export as exporting
 from cosmos_fast.model.checkpoints import WeightsOf
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.utils.errors import UserError
 from tests.tiny_run import make_trainer, tiny_config
 
 OFFERED: tuple[WeightsOf, ...] = ("student", "teacher")
@@ -55,7 +56,7 @@ def test_original_holds_what_a_released_file_does(run, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith(f"wrote {out}: student and teacher of demo, ")
     content = torch.load(out, weights_only=True)
-    assert list(content) == ["epoch", "name", "student", "teacher"]
+    assert list(content) == ["epoch", "name", "model", "student", "teacher"]
     assert (content["epoch"], content["name"]) == (1, "demo")
     assert all(tensor.dtype == torch.float32 for weights in OFFERED for tensor in content[weights].values())
     for weights in OFFERED:
@@ -79,7 +80,7 @@ def test_one_model_and_where_it_comes_from(run, tmp_path, weights):
         last, out = out, tmp_path / f"{place}{ending}"
         assert export("--checkpoint", last, "--weights", weights, "--to", to, "--out", out) == 0
         assert_same(load_checkpoint(out, weights), expected)
-    assert list(torch.load(out, weights_only=True)) == ["epoch", "name", weights]
+    assert list(torch.load(out, weights_only=True)) == ["epoch", "name", "model", weights]
 
 
 def test_teacher_is_what_a_format_of_one_model_gets(run, tmp_path):
@@ -89,13 +90,37 @@ def test_teacher_is_what_a_format_of_one_model_gets(run, tmp_path):
     assert out.stat().st_mode & 0o444 == tmp_path.stat().st_mode & 0o444, "as readable as its folder"
 
 
-def test_heads_that_shapes_do_not_tell_survive(tmp_path):
-    """Heads of 8 channels, 2 in the pooling: the metadata say so."""
+@pytest.mark.parametrize(("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors")])
+def test_heads_that_shapes_do_not_tell_survive(tmp_path, to, ending):
+    """Heads of 8 channels, 2 in the pooling: the file says so."""
     trainer = make_trainer(tiny_config(tmp_path, "run.max_steps=1"))
     trainer.fit()
-    out = tmp_path / "model.safetensors"
-    assert export("--checkpoint", trainer.plan.folder, "--to", "safetensors", "--out", out) == 0
+    out = tmp_path / f"model{ending}"
+    assert export("--checkpoint", trainer.plan.folder, "--to", to, "--out", out) == 0
+    assert_same(load_checkpoint(out), load_checkpoint(trainer.plan.folder))
     assert load_checkpoint(out).config == trainer.config.model
+
+
+def test_a_description_in_a_pt_file_is_held_against_its_weights(run, tmp_path):
+    out, odd = tmp_path / "cosmos.pt", tmp_path / "odd.pt"
+    assert export("--checkpoint", run, "--to", "original", "--out", out) == 0
+    content = torch.load(out, weights_only=True)
+    described = content["model"]
+    for change, message in (
+        ({"embed_dim": 32}, "weights do not fit this architecture"),
+        ({"crossmodal": False}, "weights do not fit this architecture"),
+        ({"pool_heads": 3}, "not a multiple of model.pool_heads=3"),
+        ({"vision_cfg": {**described["vision_cfg"], "layers": 10**9}}, "it describes a model of"),
+        ({"vision_cfg": [described] * 3}, "does not say what model its weights are of"),
+        ({1: 1}, "does not say what model its weights are of"),
+        ({"more": 1}, "more not supported"),
+    ):
+        torch.save({**content, "model": described | change}, odd)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(odd)
+    for other in (content["teacher"], {"vision_cfg": "theirs"}, "ViT-B-16"):  # what other programs keep there
+        torch.save({**content, "model": other}, odd)
+        assert_same(load_checkpoint(odd), load_checkpoint(run))
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -136,7 +161,7 @@ def test_a_file_of_one_model_has_no_other(tmp_path, capsys):
     arguments = ("--checkpoint", tmp_path / "one.pt", "--to", "original", "--out", tmp_path / "out.pt")
     assert "does not hold a student and a teacher: choose --weights" in refused(capsys, *arguments)
     assert export(*arguments, "--weights", "student") == 0
-    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == ["epoch", "name", "student"]
+    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == ["epoch", "name", "model", "student"]
 
 
 def test_damage_is_found_before_anything_is_written(run, tmp_path, capsys, caplog):

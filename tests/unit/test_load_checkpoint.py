@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from cosmos_fast import create_model, load_checkpoint
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
 from cosmos_fast.model.checkpoints import FORMAT
+from cosmos_fast.model.weights import DESCRIPTION
 from cosmos_fast.utils.errors import UserError
 
 # Head width 64 and 8 pooling heads: what a checkpoint without a description is taken to have.
@@ -154,3 +155,47 @@ def test_what_is_missing_is_named(tmp_path, pair):
         load_checkpoint(tmp_path / "other.pt", weights="student")
     with pytest.raises(UserError, match="choose 'teacher' or 'student'"):
         load_checkpoint(tmp_path, weights="ema")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_prefixes_of_wrappers_are_dropped(tmp_path, pair, prefix):
+    torch.save({"student": {f"{prefix}{name}": one for name, one in pair[0].state_dict().items()}}, tmp_path / "a.pt")
+    _assert_same_weights(load_checkpoint(tmp_path / "a.pt", "student"), pair[0])
+
+
+def test_openai_weights_load_and_say_that_features_differ(tmp_path, caplog):
+    """A state dict of OpenAI's programs holds three numbers beside the weights."""
+    clip = create_model(ModelConfig(**{**vars(SMALL), "crossmodal": False}))
+    numbers = {"input_resolution": torch.tensor(32), "context_length": torch.tensor(12), "vocab_size": torch.tensor(60)}
+    torch.save(clip.state_dict() | numbers, tmp_path / "openai.pt")
+    _assert_same_weights(load_checkpoint(tmp_path / "openai.pt"), clip)
+    assert "trained with QuickGELU" in caplog.text
+
+
+def test_heads_of_another_width_need_openclips_description(tmp_path):
+    vision = VisionConfig(image_size=32, patch_size=16, width=1280, layers=1, head_width=80)
+    config = ModelConfig(**{**vars(SMALL), "vision": vision, "crossmodal": False})
+    model, file, beside = create_model(config), tmp_path / "open_clip_model.safetensors", tmp_path / DESCRIPTION
+    save_file(model.state_dict(), file)
+    with pytest.raises(UserError, match=r"put its open_clip_config\.json beside the file$"):
+        load_checkpoint(file)
+    known = {name: config.to_openclip()[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    beside.write_text(json.dumps({"model_cfg": known, "preprocess_cfg": {}}))
+    assert load_checkpoint(file).config == config
+    for content, message in (
+        ("[", "is damaged"),
+        ("[1]", "is damaged"),
+        ('{"model_cfg": {"embed_dim": ' + "9" * 5000 + "}}", "is damaged"),
+        (json.dumps({"model_cfg": {**known, "embed_dim": 64}}), "describes another model"),
+        (json.dumps({"model_cfg": {**known, "quick_gelu": True}}), "quick_gelu, an activation that is not supported"),
+        (json.dumps({"model_cfg": {**known, "vision_cfg": {"timm_model_name": "x"}}}), "timm_model_name not supported"),
+    ):
+        beside.write_text(content)
+        with pytest.raises(UserError, match=message) as caught:
+            load_checkpoint(file)
+        assert str(caught.value).startswith(f"{file}: {DESCRIPTION} beside it")
+
+
+def test_a_path_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(tmp_path / ("x" * 5000))
