@@ -1,8 +1,7 @@
-"""Files of `torch.save` from anybody: nothing in them runs, and they take no more memory than they have bytes."""
+"""Files of `torch.save` from anybody: nothing in them runs, and a few bytes cannot ask for much memory."""
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 import zipfile
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cosmos_fast.model.pickle_check import ForeignError, PickleCheck
 from cosmos_fast.utils.errors import UserError
 
 
@@ -46,22 +46,35 @@ def read_torch_file(file: Path) -> Any:
         archive = zipfile.is_zipfile(file)
         if archive:
             _check_archive(file)
+        _check_pickles(file, archive)
         with torch.serialization.safe_globals(_NUMPY_NUMBERS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of protocols of pickle: what cannot be read raises
             # Mapped: a tensor that claims more than its record cannot read beyond what the file has.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
+    except ForeignError as error:
         raise UserError(
-            f"{file} holds objects other than tensors{f' ({named[1]})' if named else ''} and is not loaded: unpickling "
-            "it could run foreign code"
+            f"{file} holds objects other than tensors ({error}) and is not loaded: unpickling it could run foreign "
+            "code, or take any amount of memory"
         ) from None
     except Exception as error:  # no base class holds what an unpickler makes of bytes at random
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         raise UserError(f"{file} is damaged or no PyTorch checkpoint ({reason})") from None
+
+
+def _check_pickles(file: Path, archive: bool) -> None:
+    """The pickles that torch is about to read, as it finds them."""
+    check = PickleCheck(file.stat().st_size)
+    if archive:
+        check.walk(torch._C.PyTorchFileReader(str(file)).get_record("data.pkl"))
+        return
+    with open(file, "rb") as opened:
+        for _ in ("magic number", "version of the layout", "system", "content"):
+            check.walk(opened)
+        if not check.storages.keys() <= set(check.walk(opened)):
+            raise ValueError("it lacks the elements of its tensors")
 
 
 def _check_archive(file: Path) -> None:

@@ -123,8 +123,9 @@ def test_a_manifest_of_any_number_of_parts_is_read_at_once(tmp_path):
 
 def test_nested_descriptions(weights, tmp_path):
     file = tmp_path / "deep.safetensors"
-    save_file(weights, file, {"format": FORMAT, "model": "[" * 10**5})
-    assert "does not say what model its weights are of" in refusal(file)
+    for described in ("[" * 10**5, '{"embed_dim": ' + "9" * 5000 + "}"):
+        save_file(weights, file, {"format": FORMAT, "model": described})
+        assert "does not say what model its weights are of" in refusal(file)
 
 
 def test_weights_are_plain_tensors_of_numbers_each_there_once(weights, tmp_path):
@@ -139,6 +140,85 @@ def test_weights_are_plain_tensors_of_numbers_each_there_once(weights, tmp_path)
         assert message in refusal(file)
     torch.save({"student": weights | {f"module.{name}": weights[name]}}, file)
     assert f"both {name} and module.{name}" in refusal(file)
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+def storage(count: int, key: str = "0") -> bytes:
+    """What the elements of a float tensor are, in a pickle."""
+    number = b"J" + count.to_bytes(4, "little")
+    parts = text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + number
+    return b"(" + parts + b"tQ"
+
+
+SIZE = b"J" + (2**27).to_bytes(4, "little")
+ENCODE = b"c_codecs\nencode\n"
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n("
+ONE_OF_ONE = b"K\x00K\x01\x85K\x01\x85\x89N"  # offset, sizes, strides, requires_grad, hooks
+PICKLES = {
+    "bytes of a size": (b"cbuiltins\nbytearray\n" + SIZE + b"\x85R", r"\(builtins\.bytearray\)"),
+    "as Python 2 names them": (b"c__builtin__\nbytearray\n" + SIZE + b"\x85R", r"\(__builtin__\.bytearray\)"),
+    "a storage of a size": (b"ctorch.storage\nTypedStorage\n" + SIZE + b"\x85R", r"\(torch\.storage\.TypedStorage\)"),
+    "a known storage, called": (b"ctorch.storage\nUntypedStorage\n" + SIZE + b"\x85R", r"UntypedStorage\)"),
+    "a nested tensor": (b"ctorch._utils\n_rebuild_nested_tensor\n(" + storage(1) + b"tR", r"_rebuild_nested_tensor\)"),
+    "a coding": (ENCODE + text("a") + text("hex") + b"\x86R", r"\(_codecs\.encode\)"),
+    "a coding of bytes": (
+        ENCODE * 2 + text("aa") + text("latin1") + b"\x86R" + text("latin1") + b"\x86R",
+        r"\(_codecs\.encode\)",
+    ),
+    "a function out of the memo": (b"]" + ENCODE + b"q\x010h\x01a", "holds POP, which torch.save does not write"),
+    "a coding out of the memo": (
+        b"](" + ENCODE + b"q\x01" + text("x" * 200) + b"q\x02" + text("latin1") + b"q\x03\x86R"
+        + b"h\x01h\x02h\x03\x86R" * 99 + b"e",
+        "more memory than it has bytes",
+    ),
+    "a dict of a list": (b"ccollections\nOrderedDict\n]\x85R", "a dict is made of something"),
+    "a tuple for a key": (b"}))K\x01\x86K\x01s", "a key is a tuple"),
+    "a sparse tensor of lists": (
+        b"ctorch._utils\n_rebuild_sparse_tensor\nN(]]N\x89t\x86R", "a sparse tensor is none"
+    ),
+    "the state of a tensor": (REBUILD + storage(1) + ONE_OF_ONE + b"tR)b", "what has none"),
+    "a tensor beyond its storage": (REBUILD + storage(1) + b"K\x00" + SIZE + b"\x85K\x01\x85\x89NtR", "larger than"),
+    "a storage beyond the file": (REBUILD + storage(2**30) + ONE_OF_ONE + b"tR", "more bytes than it has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("wish", PICKLES)
+def test_a_pickle_that_asks_for_memory_gets_none(tmp_path, wish, old):
+    """Each of a few hundred bytes, in both layouts."""
+    pickled, message = PICKLES[wish]
+    file = tmp_path / "small.pt"
+    torch.save({"student": 1}, file, _use_new_zipfile_serialization=not old)
+    evil = b"\x80\x02}" + text("student") + pickled + b"s."
+    plain = pickle.dumps({"student": 1}, protocol=2)
+    if old:
+        assert plain in file.read_bytes()
+        file.write_bytes(file.read_bytes().replace(plain, evil))
+    else:
+        rewritten(file, lambda name, data: evil if name.endswith("data.pkl") else data)
+    assert re.search(message, refusal(file))
+
+
+def test_tensors_of_the_old_layout_have_their_elements_in_the_file(weights, tmp_path):
+    file = tmp_path / "old.pt"
+    torch.save({"student": weights}, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    keys = whole.rindex(b"\x80\x02]")
+    file.write_bytes(whole[:keys] + b"\x80\x02]." + whole[keys:])
+    assert "lacks the elements of its tensors" in refusal(file)
+
+
+def test_what_is_no_checkpoint_wants_nothing(weights, tmp_path):
+    """Only a pickle that names something is said to want it."""
+    file = tmp_path / "odd.pt"
+    save_file(weights, file)
+    assert "is damaged or no PyTorch checkpoint" in refusal(file)
+    for head in (b"\xc5\x00\x12", b"c\xff\xfe\n\x01\n", b"\x80\x02c1 2\n3\n.", b"I1\n.", b"."):
+        file.write_bytes(head)
+        assert "is damaged or no PyTorch checkpoint" in refusal(file)
 
 
 class Bomb:
