@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from unicodedata import category
 
 import click
 
@@ -44,6 +45,12 @@ command = LazyGroup(
 command = click.version_option(_version(), prog_name="cosmos-fast")(command)
 
 
+def _shown(message: str) -> str:
+    """On one line, whatever names a file or a path has: control characters as Python writes them."""
+    kinds = ("Zl", "Zp", "C")  # ends of lines, and all kinds of control
+    return "".join(repr(one)[1:-1] if category(one).startswith(kinds) else one for one in message)
+
+
 def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str = "cosmos-fast") -> int:
     """Run a command; returns the exit status. COSMOS_DEBUG=1 adds the traceback of a user's mistake."""
     try:
@@ -58,7 +65,7 @@ def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str 
     except (UserError, KernelError) as error:
         if os.environ.get("COSMOS_DEBUG") == "1":
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shown(str(error))}", file=sys.stderr)
         return EXIT_USER_ERROR
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): point stdout elsewhere so that closing it does not fail again.

@@ -113,6 +113,15 @@ def test_statuses_of_other_ends(monkeypatch, capfd) -> None:
     assert "Traceback" in capfd.readouterr().err
 
 
+def test_an_error_is_one_line_whatever_names_it_tells(capfd) -> None:
+    @click.command()
+    def end() -> None:
+        raise UserError("a\nb\x1b[31m\u2028c\u202e is no ünal\u3000😀")
+
+    assert run(end, []) == 2
+    assert capfd.readouterr().err == "error: a\\nb\\x1b[31m\\u2028c\\u202e is no ünal\u3000😀\n"
+
+
 def test_unexpected_errors_keep_their_traceback() -> None:
     @click.command()
     def end() -> None:
