@@ -99,21 +99,22 @@ def run_all(
     """
     end_s = clock() + total_s
     run = run or run_step
+    refused = {step.name: why for step in steps if (why := why_not(step))}
     planned = groups(steps)
-    for i, group in enumerate(planned):
-        ready = []
-        for step in group:
-            if why := why_not(step):
-                listener.ended(Outcome(name=step.name, status=f"not run: {why}"))
-            else:
-                ready.append(step)
-        allowed_s = allowance(group, planned[i + 1 :], end_s - clock())
+    able = [[step for step in group if step.name not in refused] for group in planned]
+    for i, ready in enumerate(able):
+        for step in planned[i]:
+            if step.name in refused:
+                listener.ended(Outcome(name=step.name, status=f"not run: {refused[step.name]}"))
+        if not ready:
+            continue
+        allowed_s = allowance(ready, [later for later in able[i + 1 :] if later], end_s - clock())
         if allowed_s == 0:
             for step in ready:
                 listener.ended(Outcome(name=step.name, status=NO_TIME))
         elif len(ready) == 1:
             listener.ended(run(ready[0], allowed_s, folders))
-        elif ready:
+        else:
             until_s = clock() + allowed_s
             for outcome in _run_group(ready, until_s, folders, clock, run, side_by_side):
                 listener.ended(outcome)

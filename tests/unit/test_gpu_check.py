@@ -90,6 +90,26 @@ def test_what_a_step_may_take_never_passes_the_deadline():
         assert allowed_s == 0 or 10 <= allowed_s <= remaining_s - KILL_S
 
 
+def test_no_time_is_kept_for_what_cannot_run_here(tmp_path, monkeypatch):
+    clock, given = HandClock(monkeypatch), {}
+
+    def run(step, allowed_s, folders):
+        given[step.name] = allowed_s
+        return Outcome(name=step.name, status=PASSED)
+
+    lacks = {"modules": ("no_such_module_here",), "least_s": 50.0}
+    steps = [
+        step("first"),
+        step("lacks", **lacks),
+        step("x lacks", together="tests", **lacks),
+        step("y", least_s=10.0, together="tests"),
+    ]
+    content = check(steps, tmp_path, 100, clock=clock, run=run)
+    assert given["first"] == 100 - 10 - 2 * KILL_S
+    missing = "not run: no package no_such_module_here"
+    assert statuses(content) == [PASSED, missing, missing, PASSED]
+
+
 def test_what_gets_no_turn_says_so(tmp_path, monkeypatch):
     """The first takes far more than it was given, as no process can be made not to; the rest is told, not lost."""
     clock = HandClock(monkeypatch)
