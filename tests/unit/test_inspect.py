@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -161,3 +164,30 @@ def test_no_usable_sample_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_caption_that_just_fits_the_context_is_not_cut() -> None:
     found = inspect.Survey("x", 1, 0, 1, 0, context_length=77, global_tokens=[76, 77, 78], local_tokens=[77])
     assert found.cut() == [("global captions", 1, 3), ("local captions", 0, 1)]
+
+
+def test_a_folder_that_takes_no_files_is_seen_before_anything_is_read(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The working directory is used then; where a file was asked for there, that is said at once."""
+    make = tempfile.TemporaryFile
+
+    def read_only(*, dir: Path) -> Any:
+        if dir.is_relative_to(dataset):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    monkeypatch.chdir(tmp_path)
+    before = set(dataset.rglob("*.png"))
+    assert run(command, ["data", "inspect", str(dataset / "heldout"), "--samples", "2"]) == 0
+    assert "contact sheet of 2 samples: inspect.png, page: inspect.html" in capsys.readouterr().out
+    assert Path("inspect.png").is_file()
+    assert set(dataset.rglob("*.png")) == before
+
+    def never(*_: object) -> None:
+        raise AssertionError("the samples were read")
+
+    monkeypatch.setattr(inspect, "survey", never)
+    assert run(command, ["data", "inspect", str(dataset), "--out", str(dataset / "heldout/x.png")]) == 2
+    assert "Read-only file system; name another file with --out" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="Contact sheet to write, PNG; the page goes beside it.  [default: inspect.png in the directory of the shards]",
+    help="Contact sheet to write, PNG; the page goes beside it.  [default: inspect.png in the directory of the shards, "
+    "in the working directory where that is read-only]",
 )
 @click.option("--limit", type=click.IntRange(1), default=5000, show_default=True, help="Samples read for statistics.")
 def command(
@@ -54,6 +56,7 @@ def command(
     storage = Storage.of(config.data)
     indexes = inspect.open_sources(path, storage, open_with_progress)
     sheet = out or default_sheet(path, indexes)
+    _require_writable(sheet)  # before minutes of reading
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=sum(min(limit, len(index)) for index in indexes))
@@ -64,16 +67,40 @@ def command(
     if not cards:
         raise UserError(f"{shown(path)}: no usable sample for the contact sheet, see the causes above")
     try:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(sheet, contact_sheet.to_png(cards))
         write_atomic(sheet.with_suffix(".html"), inspect_page.render(surveys, cards, config))
     except OSError as error:
-        raise UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --out") from error
+        raise _cannot_write(sheet, error) from error
     click.echo(f"contact sheet of {len(cards)} samples: {sheet}, page: {sheet.with_suffix('.html')}")
 
 
 def default_sheet(path: str, indexes: list[Index]) -> Path:
-    """In the directory that `path` is, else beside the first shard; in the working directory for remote ones."""
+    """In the directory that `path` is, else beside the first shard.
+
+    In the working directory where that one takes no files, and for remote shards.
+    """
     directory, first = Path(path).expanduser(), indexes[0].shards[0]
     beside = first.parent if isinstance(first, Path) else Path()
-    return (directory if directory.is_dir() else beside) / "inspect.png"
+    sheet = (directory if directory.is_dir() else beside) / "inspect.png"
+    try:
+        _try_to_write(sheet)
+    except OSError:
+        return Path(sheet.name)
+    return sheet
+
+
+def _require_writable(sheet: Path) -> None:
+    try:
+        _try_to_write(sheet)
+    except OSError as error:
+        raise _cannot_write(sheet, error) from error
+
+
+def _try_to_write(sheet: Path) -> None:
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=sheet.parent):
+        pass
+
+
+def _cannot_write(sheet: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {sheet}: {error.strerror or error}; name another file with --out")
