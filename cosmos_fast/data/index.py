@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from cosmos_fast.config import SourceConfig
-from cosmos_fast.data import faults, index_file, quarantine
+from cosmos_fast.data import faults, index_file
 from cosmos_fast.data.faults import Fault, SampleFault
 from cosmos_fast.data.index_build import build_tables
 from cosmos_fast.data.index_file import IndexTables
 from cosmos_fast.data.pieces import Pieces, cut, sample_starts
+from cosmos_fast.data.quarantine_search import rows_left_out
 from cosmos_fast.data.read_ahead import ReadAhead
 from cosmos_fast.data.sources import find_shards
 from cosmos_fast.data.storage import RemoteShard, Shard, Storage
@@ -87,9 +88,7 @@ class Index:
 
     def key(self, i: int) -> str:
         """The sample's key, as webdataset has it; unique in a shard, not always in a source."""
-        row = self.row(i)
-        start, stop = self.tables.key_start[row : row + 2]
-        return bytes(self.tables.keys[int(start) : int(stop)]).decode("utf-8", "replace")
+        return self.tables.key(self.row(i))
 
     def name(self, i: int) -> str:
         """`shard.tar:key`, for messages."""
@@ -220,7 +219,7 @@ def open_source(
     if len(tables.sample_shard) == 0:
         reason = f": {tables.faults[0]}" if tables.faults else ""
         raise UserError(f"data source {shown(source.path)!r} holds no sample{reason}; are these webdataset tar shards?")
-    left_out = [] if whole else quarantine.rows_left_out(shown(source.path), shards, tables)
+    left_out = [] if whole else rows_left_out(shown(source.path), shards, tables)
     return Index(source, shards, tables, cache, left_out, storage)
 
 

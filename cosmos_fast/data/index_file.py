@@ -59,10 +59,15 @@ class IndexTables:
     extensions: list[str]
     faults: list[Fault]
 
+    def key(self, row: int) -> str:
+        """The key of the sample in this row."""
+        start, stop = self.key_start[row : row + 2]
+        return bytes(self.keys[int(start) : int(stop)]).decode("utf-8", "replace")
+
 
 def places(shards: Sequence[Shard]) -> list[Path]:
     """Where the index of these shards may lie: beside them, else in the user's cache."""
-    names = "\n".join(storage.address(shard) for shard in shards)
+    names = "\n".join(storage.addresses(shards))
     name = f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.idx"
     cache = Path(os.environ.get("COSMOS_CACHE_DIR") or Path.home() / ".cache" / "cosmos-fast")
     beside = storage.folder(shards[0])

@@ -2,31 +2,26 @@
 
 A text file beside the index, one JSON object a line. The first line holds the rules that samples were held to; every
 other one a verified part of a shard: the shard's name, size and time, a range of its samples, and the bad ones among
-them. Parts of a shard that has changed since say nothing any more. The file may lie beside untrusted shards, so what it
-says is checked before use.
+them. Parts of a shard that has changed since say nothing any more; quarantine_search says which shards the others are
+about. The file may lie beside untrusted shards, so what it says is checked before use.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cosmos_fast.data import index_file
+from cosmos_fast.data import index_file, storage
 from cosmos_fast.data.index_file import IndexTables
 from cosmos_fast.data.storage import Shard
-from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import replacing
-
-log = logging.getLogger(__name__)
 
 FORMAT = "cosmos-fast-quarantine/1"
 SUFFIX = ".quarantine"
@@ -66,7 +61,7 @@ class Part:
 
 def place(shards: Sequence[Shard]) -> Path:
     """Where the quarantine of these shards is to be written: beside them, else in the user's cache."""
-    paths = _places(shards)
+    paths = [path.with_suffix(SUFFIX) for path in index_file.places(shards)]
     for path in paths:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,48 +70,6 @@ def place(shards: Sequence[Shard]) -> Path:
         except OSError:
             continue
     return paths[0]  # writing there will say why it cannot be done
-
-
-def load(shards: Sequence[Shard]) -> tuple[Path | None, list[Part]]:
-    """(file, parts) of the newest quarantine of these shards, (None, []) where there is none that can be read."""
-    there = [path for path in _places(shards) if path.is_file()]
-    for path in sorted(there, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            return path, read(path)[1]
-        except (OSError, ValueError) as error:
-            log.warning("quarantine %s is unreadable (%s) and not used: run `cosmos-fast data verify`", path, error)
-    return None, []
-
-
-def _places(shards: Sequence[Shard]) -> list[Path]:
-    return [path.with_suffix(SUFFIX) for path in index_file.places(shards)]
-
-
-def rows_left_out(source: str, shards: Sequence[Shard], tables: IndexTables) -> list[int]:
-    """Rows of the samples in quarantine, ascending; says in the log how many, and what it no longer knows.
-
-    UserError if every sample is in quarantine.
-    """
-    path, parts = load(shards)
-    if not parts:
-        return []
-    rows, causes, changed = bad_rows(parts, shards, tables)
-    if changed:
-        log.warning(
-            "data source %r: %d shards changed since they were verified: run `cosmos-fast data verify`", source, changed
-        )
-    if rows and len(rows) == len(tables.sample_shard):
-        raise UserError(
-            f"data source {source!r}: all {len(rows)} samples are in quarantine ({_summary(causes)}): mend the shards, "
-            f"or delete {path} and `cosmos-fast data verify` them with other limits"
-        )
-    if rows:
-        log.info("data source %r: %d samples in quarantine are left out (%s)", source, len(rows), _summary(causes))
-    return rows
-
-
-def _summary(causes: Counter[str]) -> str:
-    return ", ".join(f"{count} x {cause}" for cause, count in causes.most_common())
 
 
 def read(path: Path, *, torn: bool = False) -> tuple[Rules, list[Part]]:
@@ -142,6 +95,22 @@ def write(path: Path, rules: Rules, parts: Iterable[Part]) -> None:
             out.write(part_line(part))
 
 
+def save(shards: Sequence[Shard], rules: Rules, parts: Sequence[Part]) -> None:
+    """Write the quarantine of these shards at its place(). Raises OSError.
+
+    Shards in other folders than the first one's have theirs beside them too, where whoever opens them alone finds it.
+    """
+    write(place(shards), rules, parts)
+    homes = [storage.folder(shard) for shard in shards]
+    for home in dict.fromkeys(homes):
+        numbers = [n for n, folder in enumerate(homes) if folder == home]
+        if home is None or home == homes[0]:
+            continue
+        new = {old: n for n, old in enumerate(numbers)}
+        own = [replace(part, shard=new[part.shard]) for part in parts if part.shard in new]
+        write(place([shards[n] for n in numbers]), rules, own)
+
+
 def head_line(rules: Rules) -> bytes:
     """The first line of a file."""
     return json.dumps({"format": FORMAT, **asdict(rules)}).encode() + b"\n"
@@ -152,35 +121,9 @@ def part_line(part: Part) -> bytes:
     return json.dumps({**asdict(part), "bad": [list(bad) for bad in part.bad]}).encode() + b"\n"
 
 
-def bad_rows(parts: list[Part], shards: Sequence[Shard], tables: IndexTables) -> tuple[list[int], Counter[str], int]:
-    """(rows of the bad samples, ascending; their causes; how many shards have changed since they were verified).
-
-    A shard that was verified in an older version keeps all of its samples.
-    """
-    now = index_file.stamp(shards)
-    edges = shard_edges(tables, len(shards))
-    rows: list[int] = []
-    causes: Counter[str] = Counter()
-    changed: set[int] = set()
-    for part in parts:
-        if not still_holds(part, now, edges):
-            changed.add(part.shard)
-            continue
-        first = edges[part.shard]
-        rows.extend(first + bad.number for bad in part.bad)
-        causes.update(bad.cause for bad in part.bad)
-    return sorted(set(rows)), causes, len(changed)
-
-
 def shard_edges(tables: IndexTables, shards: int) -> list[int]:
     """Where the samples of each shard begin, and the end: `shards` + 1 rows."""
     return [int(row) for row in np.searchsorted(tables.sample_shard, np.arange(shards + 1, dtype=np.uint32))]
-
-
-def still_holds(part: Part, now: list[list[Any]], edges: list[int]) -> bool:
-    """Whether the shard is still the one that was verified; now: index_file.stamp() of the shards."""
-    shard = part.shard
-    return shard < len(now) and now[shard] == part.stamp and part.stop <= edges[shard + 1] - edges[shard]
 
 
 def _joined(parts: Iterable[Part]) -> Iterator[Part]:

@@ -10,7 +10,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -71,14 +71,26 @@ def stamp(shard: Shard) -> list[Any]:
     return [shard.name, state.st_size, state.st_mtime_ns]
 
 
-def address(shard: Shard) -> str:
-    """What tells this shard from every other: absolute path or URL. May hold secrets, so it is hashed, never shown."""
-    return shard.url if isinstance(shard, RemoteShard) else str(shard.absolute())
+def addresses(shards: Iterable[Shard]) -> list[str]:
+    """What tells each shard from every other: its path by the folder's one true name, or its URL.
+
+    A URL may hold secrets, so addresses are hashed, never shown.
+    """
+    shards = list(shards)
+    true_names = {shard.parent: shard.parent.resolve() for shard in shards if isinstance(shard, Path)}
+    return [str(true_names[s.parent] / s.name) if isinstance(s, Path) else s.url for s in shards]
 
 
 def folder(shard: Shard) -> Path | None:
     """Where files that belong to the shard may lie; None for a remote one."""
-    return None if isinstance(shard, RemoteShard) else shard.absolute().parent
+    return None if isinstance(shard, RemoteShard) else shard.parent.resolve()
+
+
+def folders(shards: Iterable[Shard]) -> list[Path]:
+    """Every folder that folder() names for these shards, and those of files that they are links to."""
+    local = [shard for shard in shards if isinstance(shard, Path)]
+    linked = {shard.resolve().parent for shard in local if shard.is_symlink()}
+    return sorted({parent.resolve() for parent in {shard.parent for shard in local}} | linked)
 
 
 def size_bytes(shard: Shard) -> int:

@@ -7,7 +7,6 @@ stopped verification continues where it was, and one of a source that changed re
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cosmos_fast.data import index_file, quarantine
+from cosmos_fast.data import index_file, quarantine, quarantine_search
 from cosmos_fast.data.index import Index
 from cosmos_fast.data.quarantine import BadSample, Part, Rules
 from cosmos_fast.data.verify_part import Task, find_bad
@@ -23,9 +22,9 @@ from cosmos_fast.data.verify_pool import Result, verify_in_pool
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.files import locked
 
-log = logging.getLogger(__name__)
-
 PART_SAMPLES = 256  # half a second of decoding, or a second
+# One for each kind of run, so that `--again` neither uses nor loses what the other one has found so far.
+_JOURNAL, _AGAIN = ".verify", ".verify-again"
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,9 @@ class Verdict:
 
 def plan(index: Index, rules: Rules, again: bool = False) -> tuple[list[Part], list[Task]]:
     """(parts that are known already, what is left to read). again: leave out what earlier verifications found."""
-    now = index_file.stamp(index.shards)
     edges = quarantine.shard_edges(index.tables, len(index.shards))
-    path = quarantine.place(index.shards)
-    files = [_journal(path, again)] + ([] if again else [path])
-    known = [part for file in files for part in _parts(file, rules) if quarantine.still_holds(part, now, edges)]
+    suffixes = (_AGAIN,) if again else (quarantine.SUFFIX, _JOURNAL)
+    known = quarantine_search.find(index.shards, index.tables, suffixes, rules, others=not again).parts
     spans: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for part in known:
         spans[part.shard].append((part.start, part.stop))
@@ -85,7 +82,7 @@ def verify(
                     journal.flush()
                     known.append(part)
                     progress(len(task))
-            quarantine.write(path, rules, known)
+            quarantine.save(index.shards, rules, known)
             for done in (_journal(path, False), _journal(path, True)):
                 done.unlink(missing_ok=True)
     except OSError as error:
@@ -120,22 +117,7 @@ def _gaps(spans: list[tuple[int, int]], count: int) -> Iterator[tuple[int, int]]
 
 
 def _journal(path: Path, again: bool) -> Path:
-    """One for each kind of run, so that `--again` neither uses nor loses what the other one has found so far."""
-    return path.with_suffix(".verify-again" if again else ".verify")
-
-
-def _parts(path: Path, rules: Rules) -> list[Part]:
-    """The parts of a file made by the same rules; none of any other."""
-    try:
-        if path.stat().st_size == 0:  # killed before the first line
-            return []
-        made_by, parts = quarantine.read(path, torn=True)
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        log.warning("%s is unreadable (%s): its samples are verified again", path, error)
-        return []
-    return parts if made_by == rules else []
+    return path.with_suffix(_AGAIN if again else _JOURNAL)
 
 
 @contextlib.contextmanager

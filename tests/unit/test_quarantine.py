@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -186,3 +187,59 @@ def test_it_lies_in_the_cache_where_the_folder_is_not_writable(tmp_path: Path, c
     path = put(folder, {0: [1]})
     assert cache_folder in path.parents
     assert len(opened(folder)) == 4
+
+
+def test_it_holds_by_every_name_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_shards(tmp_path / "shards", (5, 1, 4))
+    put(folder, {0: [1], 2: [2]})
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)
+    (tmp_path / "links").mkdir()
+    for shard in sorted(folder.glob("*.tar")):
+        (tmp_path / "links" / shard.name).symlink_to(shard)
+    monkeypatch.chdir(folder)
+    for name in (tmp_path / "link", tmp_path / "links", Path("../shards"), tmp_path / "links/../shards", Path()):
+        assert len(opened(name)) == 8, name
+    moved = folder.rename(tmp_path / "moved")
+    assert len(opened(moved)) == 8
+
+
+def test_it_holds_for_every_choice_of_the_shards(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", (5, 1, 4))
+    put(folder, {0: [1], 2: [2]})
+    assert [opened(folder / "00002.tar").key(i) for i in range(3)] == ["000006", "000007", "000009"]
+    assert len(opened(folder / "{00002,00000}.tar")) == 7
+    write_tar(folder / "000005.tar", sample(20))  # sorted between the others
+    assert len(opened(folder)) == 9
+    assert "000001" not in [opened(folder).key(i) for i in range(9)]
+
+
+def test_of_two_files_about_a_shard_the_newer_one_counts(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "shards", (5, 1, 4))
+    every = put(folder, {0: [1], 2: [2]})
+    alone = put(folder / "00000.tar", {0: [0, 3, 4]})
+    for newer, left in ((1, 6), (-1, 8)):
+        times = every.stat().st_mtime_ns
+        os.utime(alone, ns=(times + newer * 10**9,) * 2)
+        assert len(opened(folder)) == left
+
+
+def test_files_of_other_sources_in_the_cache_say_nothing(tmp_path: Path, cache_folder: Path) -> None:
+    """Shards of one name, size and time, as images of disks have them: the keys tell them apart."""
+    for name, first in (("a", 0), ("b", 10)):
+        folder = write_shards(tmp_path / name, (5,), first=first)
+        (folder / index_file.FOLDER).write_text("in the way")
+        os.utime(folder / "00000.tar", ns=(0, 0))
+    assert (tmp_path / "a/00000.tar").stat().st_size == (tmp_path / "b/00000.tar").stat().st_size
+    assert put(tmp_path / "a", {0: [1]}).is_relative_to(cache_folder)
+    assert len(opened(tmp_path / "b")) == 5
+    assert len(open_source(SourceConfig(path=str(tmp_path / "{a,b}/*.tar")))) == 10, "which of the two is not said"
+
+
+def test_a_changed_shard_in_a_copied_folder_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_shards(tmp_path / "shards", (5, 1))
+    put(folder, {0: [1]})
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    os.utime(copy / "00000.tar", ns=(1, 1))
+    with caplog.at_level(logging.WARNING):
+        assert len(opened(copy)) == 6
+    assert "1 shards changed since they were verified" in caplog.text

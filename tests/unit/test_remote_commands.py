@@ -85,6 +85,7 @@ def test_verify_finds_what_it_finds_in_files(web: Web, www: Path, say: Any, cach
     assert only_probed(web)
     assert "in quarantine, left out: 2" in say("index", url)
     assert len(open_source(SourceConfig(path=url))) == 7
+    assert len(open_source(SourceConfig(path=f"{web.url}/00000.tar"))) == 4, "a shard of them alone"
     write_tar(www / "00001.tar", sample(9))
     assert "6 samples, 1 bad (16.7 %); 5 were verified before" in say("verify", url, "--workers=1", *WRONG_IN_A_THIRD)
 

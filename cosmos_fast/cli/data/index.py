@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from cosmos_fast.cli.data.settings import resolve_settings, takes_settings
@@ -39,7 +39,7 @@ def command(
     """
     data = resolve_settings(recipe, config_file, overrides, paths).data
     storage = Storage(data.remote, allow_pipe=data.allow_pipe or allow_pipe)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths, keys and extensions come from anywhere
     for source in data.train:
         show(open_with_progress(source, rebuild=rebuild, storage=storage), console)
 
@@ -49,7 +49,8 @@ def open_with_progress(
 ) -> Index:
     """open_source() behind a progress bar on stderr."""
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"indexing {shown(source.path)}", total=None)
 
         def advance(done: int, total: int) -> None:
@@ -76,6 +77,6 @@ def show(index: Index, console: Console) -> None:
     for cause, count in summary.faults.items():
         console.print(f"{cause}: {count:,}", highlight=False)
     for fault in index.faults[:_FAULTS_SHOWN]:
-        console.print(f"  {fault}", highlight=False, soft_wrap=True, markup=False)
+        console.print(f"  {fault}", highlight=False, soft_wrap=True)
     if len(index.faults) > _FAULTS_SHOWN:
         console.print(f"  ... and {len(index.faults) - _FAULTS_SHOWN:,} more", highlight=False)

@@ -48,7 +48,7 @@ def command(
     """
     data = resolve_settings(recipe, config_file, overrides, paths).data
     storage = Storage.of(data)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # paths and keys come from anywhere
     complaints = []
     for source in data.train:
         index = open_with_progress(source, whole=True, storage=storage)
@@ -69,7 +69,7 @@ def _rules(data: DataConfig, source: SourceConfig) -> Rules:
 
 def _verify_with_progress(index: Index, rules: Rules, workers: int, again: bool) -> Verdict:
     known = len(index) - sum(map(len, plan(index, rules, again)[1]))
-    description, unit = TextColumn("{task.description}"), TextColumn("samples")
+    description, unit = TextColumn("{task.description}", markup=False), TextColumn("samples")
     columns = (description, BarColumn(), MofNCompleteColumn(), unit, TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -95,5 +95,5 @@ def _show(index: Index, verdict: Verdict, console: Console) -> None:
         lines.append(f"  ... and {len(index.faults) - _NAMED:,} more faults of shards, see `cosmos-fast data index`")
     lines.append(f"quarantine: {verdict.quarantine}")
     for line in lines:
-        printable = "".join(letter if letter.isprintable() else " " for letter in line)  # keys come from anywhere
-        console.print(printable, highlight=False, soft_wrap=True, markup=False)
+        printable = "".join(letter if letter.isprintable() else " " for letter in line)
+        console.print(printable, highlight=False, soft_wrap=True)
