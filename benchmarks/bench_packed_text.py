@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import parts, rows
 from benchmarks.eager_cosmos import EagerCosmos
-from benchmarks.harness import MIN_REPEATS, assert_agree, interleave
+from benchmarks.harness import MIN_REPEATS, assert_agree, exact_fp32, interleave
 from benchmarks.memory import peak_mib
 from benchmarks.rows import Row
 from benchmarks.shapes import GLOBAL_VIEWS, LOCAL_VIEWS, VIT_B_16, StepShape
@@ -133,6 +133,7 @@ def forward_backward(tower: Tower, precision: str, texts_VBL: Tensor) -> Mapping
     return outputs
 
 
+@exact_fp32()
 def check(setting: Setting) -> None:
     """Features, tokens and all gradients, in fp32, against the eager port in fp64."""
     small = setting._replace(samples=CHECKED_SAMPLES, precision="fp32")

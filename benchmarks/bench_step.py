@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from benchmarks import parts
-from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, interleave, ledger
+from benchmarks.harness import MIN_REPEATS, Timing, assert_agree, exact_fp32, interleave, ledger
 from benchmarks.memory import peak_mib
 from benchmarks.other_ranks import AmongOtherRanks
 from benchmarks.rows import Row
@@ -47,6 +47,7 @@ def run_step(trainer: Trainer, inputs: tuple[list[Tensor], Tensor]) -> None:
     trainer.step(*inputs, lr=LEARNING_RATE)
 
 
+@exact_fp32()  # the port embeds patches by a convolution, the product by a product
 def check_agreement(setting: Setting) -> None:
     """From equal weights and inputs: equal losses and gradients, and equal losses after two updates; always in fp32.
 

@@ -144,6 +144,24 @@ def _laps(phases: Iterator[str], device: str) -> dict[str, float]:
     return {**laps, "other": wall_ms - sum(laps.values()), "wall": wall_ms}
 
 
+@contextmanager
+def exact_fp32() -> Iterator[None]:
+    """Within, CUDA's fp32 products and convolutions are computed in fp32; also a decorator.
+
+    By default cuDNN rounds the operands of a convolution to TF32, 10 bits of mantissa; of a product torch does so only
+    if told. These switches are older than the settings by operation, and every torch from 2.6 on has them.
+    """
+    cudnn, products = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    convolutions = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
 def assert_agree(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, rtol: float, atol: float = 0.0
 ) -> None:

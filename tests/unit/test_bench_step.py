@@ -70,6 +70,23 @@ def test_local_samples_among_others_have_the_loss_of_the_oracle() -> None:
     bench_step.check_agreement(setting)
 
 
+def test_the_check_of_a_step_is_free_of_tf32_and_the_timing_is_not(monkeypatch) -> None:
+    """By default cuDNN's convolutions round to TF32, which puts two of three gradients out of the tolerance."""
+    seen: list[tuple[bool, str]] = []
+    make_port = bench_step.make_port
+
+    def look(*arguments: object) -> EagerTrainer:
+        seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return make_port(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_step, "make_port", look)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    bench_step.measure_time(Setting("toy", SHAPE, "cpu", "fp32"), 7)
+    as_it_was = (True, torch.get_float32_matmul_precision())
+    assert seen == [as_it_was, (False, "highest")]  # the port that is timed is made first
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_the_port_sees_the_whole_global_batch_and_the_product_only_its_columns() -> None:
     """With the others' features those of a real global batch, both give the losses that one rank of it would see."""
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from benchmarks import bench_infonce, bench_pool, bench_step, harness, rows
 from benchmarks.eager_cosmos import EagerTrainer
-from benchmarks.harness import Timing, assert_agree, interleave, ledger
+from benchmarks.harness import Timing, assert_agree, exact_fp32, interleave, ledger
 from benchmarks.memory import peak_mib
 from benchmarks.rows import Row
 from benchmarks.shapes import mini_step
@@ -213,6 +213,24 @@ def test_a_whole_step_is_measured_after_both_sides_agree(tmp_path: Path, monkeyp
     assert found["step_ms"]["bar"] == 0.65
     assert found["step_ms"]["ratio"] > 0
     assert 0 < found["step_ms"]["floor_pct"] < 100
+
+
+@exact_fp32()
+def _say_what_is_allowed() -> None:
+    raise AssertionError(f"found {torch.backends.cudnn.allow_tf32}, {torch.get_float32_matmul_precision()}")
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_exact_fp32_puts_back_what_it_found_whatever_happens(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(AssertionError, match="found False, highest"):
+            _say_what_is_allowed()
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, before)
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def test_a_step_that_disagrees_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
