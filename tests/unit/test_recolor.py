@@ -52,6 +52,14 @@ def test_hue_follows_pil(turns: float, backend: str) -> None:
     assert (difference > 2).mean() < 0.001  # torch: a hue on the edge of two 8-bit steps falls to the other side
 
 
+def test_hue_copies_nothing_from_the_host_that_a_gpu_would_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def copied(*arguments: object, **named: object) -> None:
+        raise AssertionError(f"torch.tensor{arguments}")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    assert difference_to_pil(textured(48), replace(PLAIN, jitter=(("hue", 0.1),)), "eager").mean() < 0.02
+
+
 @each_backend
 def test_hue_leaves_greys_and_primaries_in_place(backend: str) -> None:
     greys = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, 2))
