@@ -119,6 +119,7 @@ def _cuda() -> dict[str, Any]:
         "empty_cache": nothing,
         "synchronize": nothing,
         "_sleep": nothing,
+        "is_current_stream_capturing": lambda: False,
         "current_stream": lambda *_: Stream(),
         "stream": lambda *_: nullcontext(),
         "graph": lambda *_, **__: nullcontext(),

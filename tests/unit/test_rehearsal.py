@@ -49,3 +49,12 @@ def test_every_benchmark_of_the_gpu_check_runs_and_meets_its_bars_names(name, tm
         there = bar.baseline not in ABSENT and not (bar.metric.endswith("/dali") and dali_pipeline.why_unusable("cpu"))
         if bar.device == "gpu" and bar.name == found[0].name and there:
             assert bar.verdict(found) != OPEN, bar.what
+
+
+def test_a_cuda_torch_without_a_driver_is_not_asked_whether_it_captures(monkeypatch):
+    def no_driver():
+        raise RuntimeError("CUDA driver version is insufficient")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", no_driver)
+    with rehearsal.played_by_cpu():
+        assert torch.cuda.is_current_stream_capturing() is False
