@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 
@@ -14,6 +15,8 @@ INPUT = ("PIL", "tokenizers", "ftfy", "braceexpand")
 VIT_B_16 = ("--model", "ViT-B-16")
 PAPER_REGIME = ("--batch", "32", "--global-batch", "4096")
 KERNEL_TESTS = "kernel tests"
+# Compiling what they launch takes a core one to two minutes each, so their tests are spread over processes.
+LARGE_MODULES, WORKERS = 4, 4
 SWEPT = ("infonce", "pool", "optimizer", "distill", "attention", "layer_norm")
 
 
@@ -50,7 +53,7 @@ def plan() -> list[Step]:
         _bench("attention"),
         _bench("optimizer"),
         _bench("layer_norm"),
-        _bench("step", *VIT_B_16, "--profile", out="step_vit_b_16", limit_s=150, least_s=50),  # compiles the port last
+        _bench("step", *VIT_B_16, "--profile", out="step_vit_b_16", limit_s=150, least_s=65),  # compiles the port last
         _bench("step", *VIT_B_16, *PAPER_REGIME, "--profile", "--no-compiled", out="step_vit_b_16_n4096", least_s=25),
         _bench("distill"),
         _bench("loader", modules=INPUT, limit_s=120, least_s=40),
@@ -91,22 +94,24 @@ def groups(steps: list[Step]) -> list[list[Step]]:
 
 
 def _kernel_tests() -> list[Step]:
-    """A process a module, because an illegal access ends what a process can do with the GPU."""
+    """A process a module, because an illegal access ends what a process can do with the GPU; several for large ones,
+    where pytest-xdist is there."""
     paths = (ROOT / "tests" / "kernels").glob("test_*.py")
     # What emulates a GPU, or compiles for several, needs none. Large modules first: they take longest.
     chosen = [path for path in paths if not any(word in path.stem for word in ("emulated", "compile_ahead"))]
     chosen.sort(key=lambda path: (-path.stat().st_size, path.name))
     options = ("-q", "-rs", "-p", "no:cacheprovider", "-p", "benchmarks.tally")
+    spread = ("-n", str(WORKERS), "--dist", "load") if find_spec("xdist") else ()
     return [
         Step(
             name=f"{KERNEL_TESTS}: {path.stem}",
-            command=("-m", "pytest", f"tests/kernels/{path.name}", *options),
+            command=("-m", "pytest", f"tests/kernels/{path.name}", *options, *(spread if i < LARGE_MODULES else ())),
             limit_s=170,
-            least_s=60,
+            least_s=90,
             modules=("pytest",),
             together=KERNEL_TESTS,
         )
-        for path in chosen
+        for i, path in enumerate(chosen)
     ]
 
 

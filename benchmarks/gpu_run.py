@@ -24,7 +24,7 @@ from typing import Protocol
 
 from benchmarks.gpu_plan import ROOT, Step, groups
 
-KILL_S = 5.0  # a killed process on a hung driver may never be gone
+KILL_S = 3.0  # a killed process on a hung driver may never be gone
 LEAST_OF_A_GROUP_S = 5.0
 MARK = "COSMOS_GPU_CHECK"
 TAIL = 6000  # characters of a step's output in the report

@@ -83,8 +83,8 @@ def test_what_a_step_may_take_never_passes_the_deadline():
     group, later = [step("a", limit_s=100, least_s=10)], [[step("b", least_s=30)]]
     assert allowance(group, later, 500) == 100
     assert allowance(group, later, 90) == 90 - 30 - 2 * KILL_S
-    assert allowance(group, later, 16) == 10  # the first goes before the last
-    assert allowance(group, later, 14) == 0
+    assert allowance(group, later, 10 + KILL_S) == 10  # the first goes before the last
+    assert allowance(group, later, 9 + KILL_S) == 0
     for remaining_s in range(-5, 200):
         allowed_s = allowance(group, later, remaining_s)
         assert allowed_s == 0 or 10 <= allowed_s <= remaining_s - KILL_S

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import build_cuda, gpu_check, gpu_plan, machine, sweeps
+from benchmarks import build_cuda, gpu_check, gpu_plan, machine, sweeps, tally
 from benchmarks.gpu_plan import plan
 from benchmarks.gpu_run import Folders
 
@@ -41,6 +41,30 @@ def test_every_kernel_test_that_needs_a_gpu_is_run_once_in_a_process_of_its_own(
     everything = {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
     left_out = everything - {Path(found[0]).name for found in paths}
     assert all("emulated" in name or "compile_ahead" in name for name in left_out)
+
+
+@pytest.mark.parametrize("xdist", [True, False])
+def test_the_modules_that_compile_longest_are_spread_over_processes_where_xdist_is(monkeypatch, xdist):
+    monkeypatch.setattr(gpu_plan, "find_spec", lambda name: object() if xdist and name == "xdist" else None)
+    tests = [step for step in plan() if "pytest" in step.command]
+    spread = {Path(step.command[2]).stem for step in tests if step.command[-4:-2] == ("-n", "4")}
+    large = {f"test_{name}_triton" for name in ("attention", "pool", "infonce", "distill")}
+    assert spread == (large if xdist else set())
+
+
+def test_tests_that_are_spread_over_processes_are_counted_like_others(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_toy_triton.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(6))\ndef test_a(i): assert i\n"
+        "@pytest.mark.skip\ndef test_b(): pass\n"
+    )
+    tally_file = tmp_path / "toy.jsonl"
+    options = ("-q", "-p", "no:cacheprovider", "-p", "benchmarks.tally", "-n", "2", "--dist", "load")
+    command = [sys.executable, "-m", "pytest", str(tmp_path), *options, "--rootdir", str(tmp_path)]
+    environment = {**os.environ, "COSMOS_TALLY": str(tally_file)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    assert tally.read([tally_file]) == {"test_toy_triton": {"passed": 5, "failed": 1, "skipped": 1, "unfinished": 0}}
 
 
 def test_a_machine_without_gpu_is_told_so(capsys, monkeypatch):
