@@ -100,7 +100,7 @@ def print_table(title: str, results: Mapping[str, Mapping[str, TaskResult]]) -> 
         shown.add_row(
             f"  {line.label}", *(f"[bold green]{c.text}[/]" if c.best and len(flat) > 2 else c.text for c in cells)
         )
-    Console().print(shown)
+    Console(emoji=False).print(shown)
 
 
 def print_benchmarks(title: str, groups: Mapping[str, tuple[str, Mapping[str, Mapping[str, float]]]]) -> None:
@@ -125,4 +125,4 @@ def print_benchmarks(title: str, groups: Mapping[str, tuple[str, Mapping[str, Ma
             cells = (spelled(row.values.get(column)) for column in columns)
             marked = (f"[bold green]{c}[/]" if n in best else c for n, c in zip(columns, cells, strict=True))
             shown.add_row(f"  {row.label}", *marked)
-    Console().print(shown)
+    Console(emoji=False).print(shown)

@@ -231,4 +231,4 @@ def _console() -> Console:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, markup=False, emoji=False)

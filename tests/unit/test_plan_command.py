@@ -6,7 +6,9 @@ import json
 from dataclasses import fields
 
 import pytest
+from rich.console import Console
 
+from cosmos_fast.cli import plan_tables
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.engine.plan import Assumptions, assume
 from cosmos_fast.engine.plan.hardware import SHEETS, names
@@ -116,3 +118,8 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys) -> No
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
+
+
+def test_the_name_of_a_run_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_tables._print(Console(), "[a-b]:cat:")
+    assert capsys.readouterr().out == "[a-b]:cat:\n"
