@@ -23,6 +23,11 @@ GLOBAL_VIEWS = 2
 Criterion = Callable[[CosmosFeatures, TeacherFeatures], CosmosLossOutput]
 
 
+def made_on(device: str) -> torch.device:
+    """Within it, models draw their weights there; on the host that takes longer than a few steps on a GPU."""
+    return torch.empty(0, device=device).device  # asked, because the rehearsal's "cuda" is the CPU
+
+
 class ProductTrainer:
     """Student, teacher, loss and optimizer of `cosmos_fast`, without what the engine does between steps."""
 
@@ -63,7 +68,8 @@ class ProductTrainer:
         criterion: Criterion | None = None,
     ) -> ProductTrainer:
         """A trainer of this architecture. weights: of student and teacher, under the original's names."""
-        student = create_model(openclip).to(device)
+        with made_on(device):
+            student = create_model(openclip)
         if weights is not None:
             student.load_reference_state_dict(weights)
         return cls(student, precision=precision, compute=compute, criterion=criterion)

@@ -11,7 +11,7 @@ from benchmarks import rows
 from benchmarks.compiled_port import CompiledTrainer
 from benchmarks.eager_cosmos import EagerCosmos, EagerTrainer
 from benchmarks.other_ranks import AmongOtherRanks, OtherRanks
-from benchmarks.product import ProductTrainer
+from benchmarks.product import ProductTrainer, made_on
 from benchmarks.rows import Row
 from benchmarks.shapes import StepShape, mini_step, recipe_step, vit_b_16_step
 from cosmos_fast.config import ComputeConfig, load_config
@@ -106,7 +106,8 @@ def make_port(setting: Setting, compiled: bool = False) -> EagerTrainer:
     torch.manual_seed(0)
     kind = CompiledTrainer if compiled else EagerTrainer
     others = setting.others
-    student = EagerCosmos(setting.shape.model).to(setting.device)
+    with made_on(setting.device):
+        student = EagerCosmos(setting.shape.model)
     return kind(student, precision=setting.precision, gather=None if others is None else others.gather)
 
 

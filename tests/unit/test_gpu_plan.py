@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import build_cuda, gpu_check, gpu_plan, machine, sweeps, tally
+from benchmarks import build_cuda, gpu_check, gpu_plan, machine, product, rehearsal, step_setting, sweeps, tally
 from benchmarks.gpu_plan import plan
 from benchmarks.gpu_run import Folders
+from benchmarks.shapes import mini_step
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,6 +140,24 @@ def test_it_runs_as_a_file_without_being_told_where_things_lie(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"at most {gpu_check.TOTAL_S:.0f} s" in done.stdout
     assert len(gpu_plan.rehearsed(plan())) == len(plan()) - 1
+
+
+@pytest.mark.parametrize("make", [step_setting.make_port, step_setting.make_product])
+def test_the_models_of_a_step_draw_their_weights_on_its_device(monkeypatch, make):
+    """On the host that took most of the seconds that the step has."""
+
+    class Made(Exception):
+        pass
+
+    def look(*_):
+        raise Made(torch.empty(0).device.type)
+
+    monkeypatch.setattr(step_setting, "EagerCosmos", look)
+    monkeypatch.setattr(product, "create_model", look)
+    with pytest.raises(Made, match="meta"):
+        make(step_setting.Setting("toy", mini_step(64, 1, 2), "meta", "fp32"))
+    with rehearsal.played_by_cpu(), product.made_on("cuda"):
+        assert torch.randn(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize(
