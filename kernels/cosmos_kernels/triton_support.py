@@ -28,6 +28,7 @@ from cosmos_kernels.kernel_errors import compiling
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
 BLACKWELL, BLACKWELL_TRITON = 10, (3, 9)  # major compute capability, and the first Triton known to compile all for it
+INTERPRETER_TRITON, NEW_NUMPY = (3, 7), (2, 4)  # from this Triton on, the interpreter takes this numpy too
 ARCHITECTURES = (80, 90, 100)  # compute capability times ten: A100, H100/H200, B200
 
 # As Triton reads the variable; it looks when a kernel is decorated, hence at the import of the module that holds it.
@@ -78,7 +79,16 @@ def why_missing() -> str | None:
         return f"triton does not import: {type(error).__name__}: {error}"
     if _release(triton.__version__) < MIN_TRITON:
         return f"triton {triton.__version__} is too old, it needs {MIN_TRITON[0]}.{MIN_TRITON[1]} or newer"
-    return None if INTERPRETED else why_no_compiler()
+    return _why_no_interpreter(triton.__version__) if INTERPRETED else why_no_compiler()
+
+
+def _why_no_interpreter(triton_version: str) -> str | None:
+    """The interpreter computes with numpy; that of Triton 3.6 makes integers of arrays, which numpy 2.4 refuses."""
+    import numpy
+
+    if _release(triton_version) < INTERPRETER_TRITON and _release(numpy.__version__) >= NEW_NUMPY:
+        return f"triton {triton_version} interprets kernels with numpy before 2.4 only, here is {numpy.__version__}"
+    return None
 
 
 def why_no_compiler() -> str | None:
