@@ -4,6 +4,7 @@
 #   TORCH=torch==2.13.0 what to install where .venv has no torch yet; a torch that is there stays
 #   COSMOS_NATIVE, COSMOS_CUDA = AUTO | ON | OFF   see setup.py
 #   OUT=folder          where gpu-check leaves its one JSON and one archive, instead of the results folder
+#   PART=tests          one part of gpu-check, for a check in several calls: tests, bench or sweeps
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
@@ -88,7 +89,7 @@ kernel-resources: $(DEV)
 	$(BIN)/python -m tests.kernels.resources --write
 
 gpu-check:
-	PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON) benchmarks/gpu_check.py $(if $(OUT),--out "$(OUT)")
+	PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON) benchmarks/gpu_check.py $(if $(PART),--only $(PART)) $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/cosmos_kernels/_lib

@@ -3,6 +3,7 @@
     make gpu-check                                                or, which is the same:
     PYTHONPATH=.:kernels python3 benchmarks/gpu_check.py          results go to benchmarks/results/<device>/
     python3 benchmarks/gpu_check.py --out DIR                     two files only: gpu_check.json, gpu_check.tar.gz
+    python3 benchmarks/gpu_check.py --only tests                  one part: tests, bench or sweeps; gpu_check_tests.json
     python3 benchmarks/gpu_check.py --dry-run                     what would run, and for how long; needs no GPU
     python3 benchmarks/gpu_check.py --rehearse --out DIR          all of it on a CPU, in small; its figures mean nothing
 
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # as a file, Python looks for modules beside it only
     sys.path[0] = str(ROOT)
 
-from benchmarks.gpu_plan import Step, plan, rehearsed, told  # noqa: E402
+from benchmarks.gpu_plan import PARTS, Step, only, plan, rehearsed, told  # noqa: E402
 from benchmarks.gpu_report import Place, Report  # noqa: E402
 from benchmarks.gpu_run import Folders, Interrupted, interruptible, run_all, run_step  # noqa: E402
 
@@ -82,11 +83,13 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the steps and their time")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in small; give --out")
     parser.add_argument("--out", type=Path, help="folder for one JSON and one archive instead of the results folder")
+    parser.add_argument("--only", choices=PARTS, help="one part, for a check in several calls; all need the build")
     parser.add_argument("--total-s", type=float, default=TOTAL_S, help="seconds for everything")
     arguments = parser.parse_args()
     if arguments.rehearse and arguments.out is None:
         parser.error("--rehearse: its figures mean nothing, so give them a folder of their own with --out")
-    steps = rehearsed(plan()) if arguments.rehearse else plan()
+    steps = only(arguments.only, plan()) if arguments.only else plan()
+    steps = rehearsed(steps) if arguments.rehearse else steps
     if arguments.dry_run:
         print(told(steps, arguments.total_s))
         return 0
@@ -103,7 +106,8 @@ def main() -> int:
             return 2
         print(json.dumps(facts, indent=1), flush=True)
         slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-        place = Place(arguments.out or ROOT / "benchmarks" / "results" / slug, packed=arguments.out is not None)
+        where = arguments.out or ROOT / "benchmarks" / "results" / slug
+        place = Place(where, packed=arguments.out is not None, part=arguments.only)
         return check(facts, steps, folders, place, arguments.total_s - (time.monotonic() - start_s))
 
 

@@ -15,6 +15,7 @@ INPUT = ("PIL", "tokenizers", "ftfy", "braceexpand")
 VIT_B_16 = ("--model", "ViT-B-16")
 PAPER_REGIME = ("--batch", "32", "--global-batch", "4096")
 KERNEL_TESTS = "kernel tests"
+PARTS = {"tests": KERNEL_TESTS, "bench": "bench ", "sweeps": "sweep "}  # of a check in several calls
 # Compiling what they launch takes a core one to two minutes each, so their tests are spread over processes.
 LARGE_MODULES, WORKERS = 4, 4
 SWEPT = ("infonce", "pool", "optimizer", "distill", "attention", "layer_norm")
@@ -74,6 +75,11 @@ def plan() -> list[Step]:
     ]
 
 
+def only(part: str, steps: list[Step]) -> list[Step]:
+    """The steps of one of `PARTS`, with the build, which each call needs, and the report."""
+    return [step for step in steps if step.name.startswith((PARTS[part], "build", "report"))]
+
+
 def rehearsed(steps: list[Step]) -> list[Step]:
     """The same on a CPU, without a GPU: benchmarks see a CUDA device that is none, nothing is built."""
     return [replace(step, command=_rehearsed(step.command)) for step in steps if step.name != "build"]
@@ -106,7 +112,7 @@ def _kernel_tests() -> list[Step]:
         Step(
             name=f"{KERNEL_TESTS}: {path.stem}",
             command=("-m", "pytest", f"tests/kernels/{path.name}", *options, *(spread if i < LARGE_MODULES else ())),
-            limit_s=170,
+            limit_s=300,
             least_s=90,
             modules=("pytest",),
             together=KERNEL_TESTS,

@@ -19,17 +19,21 @@ from benchmarks.bars import BARS
 from benchmarks.gpu_plan import Step
 from benchmarks.gpu_run import INTERRUPTED, NOT_YET, PASSED, Folders, Outcome
 
-NAME = "gpu_check.json"
-ARCHIVE = "gpu_check.tar.gz"
 READ = {"name", "device", "metric", "baseline", "ratio", "bar"}  # of a row, to judge it
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the JSON goes. packed: everything else in one archive beside it; else as single files."""
+    """Where the JSON goes. packed: everything else in one archive beside it; else as single files. part: of a check in
+    several calls, whose files may lie in one folder."""
 
     folder: Path
     packed: bool
+    part: str | None = None
+
+    @property
+    def stem(self) -> str:
+        return f"gpu_check_{self.part}" if self.part else "gpu_check"
 
 
 class Report:
@@ -79,14 +83,15 @@ class Report:
         """The JSON, in one rename, and what lies beside it."""
         folder = self._place.folder
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / NAME, (json.dumps(self.content(), indent=1) + "\n").encode())
+        target = folder / f"{self._place.stem}.json"
+        _replace(target, (json.dumps(self.content(), indent=1) + "\n").encode())
         if self._place.packed:
-            self._pack(folder / ARCHIVE)
+            self._pack(folder / f"{self._place.stem}.tar.gz")
         else:
             for suffix in (".json", ".svg"):
                 for path in self._folders.out.glob(f"*{suffix}"):
                     shutil.copy(path, folder / path.name)
-        return folder / NAME
+        return target
 
     def _pack(self, target: Path) -> None:
         fresh = target.with_suffix(".new")

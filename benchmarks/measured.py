@@ -1,6 +1,7 @@
 """From a GPU check to the table that `auto` and `cosmos-fast doctor` go by.
 
     python -m benchmarks.measured benchmarks/results/nvidia-h200/gpu_check.json
+    python -m benchmarks.measured folder/gpu_check_tests.json folder/gpu_check_sweeps.json
 
 replaces what `cosmos_fast/ops/measured.json` says of that device: the order of backends by the time of the sweeps, each
 from the geometric mean of two neighbouring sizes on, and the backends whose kernel tests passed there, none failing.
@@ -62,6 +63,19 @@ def ran(tests: Mapping[str, Mapping[str, int]], device: str, commit: str) -> lis
     return found
 
 
+def together(reports: Sequence[Json]) -> Json:
+    """The parts of one check as one; of what stands in two, the later counts."""
+    first = reports[0]
+    for other in reports[1:]:
+        for name in ("device", "commit"):
+            one, two = first["versions"][name], other["versions"][name]
+            if one != two:
+                raise click.UsageError(f"reports of {name} {one} and of {two}: give those of one check only")
+    rows = [row for report in reports for row in report["rows"]]
+    tests = {module: counts for report in reports for module, counts in report["tests"].items()}
+    return {"versions": first["versions"], "rows": rows, "tests": tests}
+
+
 def merge(table: Json, report: Json) -> Json:
     """The table with everything of the report's device replaced."""
     device, commit = report["versions"]["device"], report["versions"]["commit"]
@@ -82,9 +96,10 @@ def text(table: Json) -> str:
 
 
 @click.command(help=__doc__)
-@click.argument("report", type=click.Path(exists=True, path_type=Path))
-def command(report: Path) -> None:
-    table = merge(json.loads(measured.TABLE.read_text()), json.loads(report.read_text()))
+@click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+def command(reports: tuple[Path, ...]) -> None:
+    report = together([json.loads(path.read_text()) for path in reports])
+    table = merge(json.loads(measured.TABLE.read_text()), report)
     measured.TABLE.write_text(text(table))
     click.echo(f"wrote {measured.TABLE}: {len(table['order'])} orders, {len(table['ran'])} backends that ran")
 

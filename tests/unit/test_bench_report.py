@@ -89,6 +89,18 @@ def test_a_gpu_check_repeats_what_lies_beside_it(results: Path) -> None:
     assert not any("phase_ms" in row.metric for file in files for row in file.told)
 
 
+def test_parts_of_a_gpu_check_are_read_like_a_whole_one(results: Path) -> None:
+    folder = results / "nvidia"
+    (folder / "gpu_check.json").rename(folder / "gpu_check_bench.json")
+    (folder / "gpu_check_tests.json").write_text('{"rows": [], "versions": {}}')
+    files, unreadable = report.read_results(folder)
+    assert [(file.path.name, file.name) for file in files] == [
+        ("gpu_check_bench.json", "infonce"),
+        ("step_vit_b_16.json", "step_vit_b_16"),
+    ]
+    assert unreadable == []
+
+
 def test_verdicts() -> None:
     bar = Bar("x", "cpu", "step_mini*", "step_ms", 0.65, "eager port")
     assert bar.verdict([ROW]) == MET

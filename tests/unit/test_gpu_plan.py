@@ -69,6 +69,30 @@ def test_tests_that_are_spread_over_processes_are_counted_like_others(tmp_path):
     assert tally.read([tally_file]) == {"test_toy_triton": {"passed": 5, "failed": 1, "skipped": 1, "unfinished": 0}}
 
 
+def test_the_parts_of_a_check_in_several_calls_are_the_whole_one():
+    steps = plan()
+    parts = {name: [step.name for step in gpu_plan.only(name, steps)] for name in gpu_plan.PARTS}
+    for name, found in parts.items():
+        assert (found[0], found[-1]) == ("build", "report")
+        assert all(step.startswith(("kernel tests", "bench ", "sweep ")) for step in found[1:-1])
+        assert len({step.split()[0] for step in found[1:-1]}) == 1, name
+    once = [step for found in parts.values() for step in found[1:-1]]
+    assert sorted(once) == sorted(step.name for step in steps[1:-1])
+
+
+def test_a_part_leaves_files_of_its_own_name(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(gpu_check, "probe", lambda folders: {"device": "NVIDIA Test"})
+    monkeypatch.setattr(gpu_check, "run_all", lambda steps, *_: made.extend(step.name for step in steps))
+    for name in gpu_plan.PARTS:
+        monkeypatch.setattr(sys, "argv", ["gpu_check", "--only", name, "--out", str(tmp_path)])
+        gpu_check.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        f"gpu_check_{name}.{kind}" for name in gpu_plan.PARTS for kind in ("json", "tar.gz")
+    )
+    assert len(made) == len(plan()) + 2 * (len(gpu_plan.PARTS) - 1)
+
+
 def test_a_machine_without_gpu_is_told_so(capsys, monkeypatch):
     monkeypatch.setattr(gpu_check, "probe", lambda folders: {"error": "no usable CUDA device"})
     monkeypatch.setattr(sys, "argv", ["gpu_check"])

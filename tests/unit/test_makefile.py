@@ -85,8 +85,10 @@ def test_the_gpu_check_leaves_its_two_files_where_it_is_told(checkout):
         subprocess.run(
             ["make", "-n", "gpu-check", *more], cwd=checkout, env=environment, capture_output=True, text=True
         ).stdout.split()
-        for more in ([], ["OUT=some/folder"])
+        for more in ([], ["OUT=some/folder"], ["PART=tests"])
     ]
     assert "benchmarks/gpu_check.py" in told[0]
     assert "--out" not in told[0]
+    assert "--only" not in told[0]
     assert told[1][-2:] == ["--out", '"some/folder"']
+    assert told[2][-2:] == ["--only", "tests"]

@@ -70,5 +70,23 @@ def test_the_command_replaces_one_device_and_keeps_the_others(tmp_path, monkeypa
         measured.load.cache_clear()
 
 
+def test_a_check_in_parts_is_measured_like_a_whole_one(tmp_path, monkeypatch):
+    table = tmp_path / "measured.json"
+    table.write_text(tool.text({"order": [], "ran": []}))
+    monkeypatch.setattr(measured, "TABLE", table)
+    whole = tool.merge({"order": [], "ran": []}, REPORT)
+    parts = {"sweeps": {**REPORT, "tests": {}}, "tests": {**REPORT, "rows": []}}
+    paths = [tmp_path / f"gpu_check_{name}.json" for name in parts]
+    for path, part in zip(paths, parts.values(), strict=True):
+        path.write_text(json.dumps(part))
+    result = CliRunner().invoke(tool.command, list(map(str, paths)))
+    assert result.exit_code == 0, result.output
+    assert json.loads(table.read_text()) == whole
+    paths[1].write_text(json.dumps({**REPORT, "versions": {"device": "Some GPU", "commit": "later"}}))
+    result = CliRunner().invoke(tool.command, list(map(str, paths)))
+    assert result.exit_code == 2
+    assert "reports of commit abc and of later" in result.output
+
+
 def test_an_empty_table_is_written_as_the_committed_one_begins():
     assert json.loads(tool.text({"order": [], "ran": []})) == {"order": [], "ran": []}
