@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosmos_fast.ops import distillation_cross_entropy
 from cosmos_kernels import distill_triton, reference
-from tests.kernels.truth import assert_no_worse, outcome
+from tests.kernels.truth import assert_no_worse, outcome, tf32x3_rounding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEACHER = ("teacher_a", "teacher_b", "teacher_scale")
@@ -54,12 +54,22 @@ def _oracle(student_a, student_b, teacher_a, teacher_b, student_scale, teacher_s
     )
 
 
+def _rounding(inputs: dict[str, Tensor]) -> float:
+    """What a compiled kernel loses in its products, for the largest logit of student and teacher."""
+    largest = 0.0
+    for side in ("student", "teacher"):
+        a, b, scale = (inputs[f"{side}_{name}"].double() for name in ("a", "b", "scale"))
+        largest = max(largest, (scale * (a.flatten(0, 1) @ b.flatten(0, 1).T)).abs().max().item())
+    return tf32x3_rounding(largest, inputs["student_a"].dtype, inputs["teacher_a"].dtype)
+
+
 def _check(inputs: dict[str, Tensor], extra_floor: float = 0.0) -> None:
     judged = partial(outcome, inputs=inputs, without_gradient=TEACHER)
     found = judged(partial(distillation_cross_entropy, backend="triton"))
     assert found.outputs["output 0"].dtype == torch.float32
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in found.gradients.items())
-    assert_no_worse(found, judged(_oracle), judged(_oracle, dtype=torch.float64), extra_floor=extra_floor)
+    eager, truth = judged(_oracle), judged(_oracle, dtype=torch.float64)
+    assert_no_worse(found, eager, truth, extra_floor=extra_floor, rounding=_rounding(inputs))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,7 +167,7 @@ def test_gradient_only_for_what_needs_it(wanted, device):
     judged = partial(outcome, inputs=inputs, without_gradient=tuple(inputs.keys() - {wanted}))
     found = judged(partial(distillation_cross_entropy, backend="triton"))
     assert found.gradients.keys() == {wanted}
-    assert_no_worse(found, judged(_oracle), judged(_oracle, dtype=torch.float64))
+    assert_no_worse(found, judged(_oracle), judged(_oracle, dtype=torch.float64), rounding=_rounding(inputs))
 
 
 def test_same_bits_every_time(device):

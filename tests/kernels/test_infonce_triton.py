@@ -14,7 +14,7 @@ from cosmos_fast.ops.infonce import TRITON_MAX_DIM
 from cosmos_fast.ops.infonce_autograd import feature_gradients, log_sum_exps
 from cosmos_kernels import infonce_backward_triton, infonce_triton, reference
 from cosmos_kernels.infonce_chunks import pairs, rectangles, workspace_elements
-from tests.kernels.truth import Outcome, assert_no_worse, outcome
+from tests.kernels.truth import Outcome, assert_no_worse, outcome, tf32x3_rounding
 
 TRITON = partial(multiview_infonce, backend="triton")
 HALF, BFLOAT16, FLOAT = torch.float16, torch.bfloat16, torch.float32
@@ -53,6 +53,12 @@ COLUMNS = [(7, 21, 0), (7, 21, 14), (64, 200, 100), (130, 140, 9)]  # batch, col
 EXTREMES = ["one column", "tiny", "huge", "wide range", "negative scale", "zero"]
 
 
+def rounding(a: Tensor, b: Tensor, scale: Tensor) -> float:
+    """What a compiled kernel loses in its products, for the largest logit of the inputs."""
+    logits = scale.double() * (a.double().flatten(0, 1) @ b.double().flatten(0, 1).T)
+    return tf32x3_rounding(logits.abs().max().item(), a.dtype)
+
+
 def compare(
     a: Tensor, b: Tensor, scale: Tensor, *, without: tuple[str, ...] = (), lucky: tuple[str, ...] = ()
 ) -> Outcome:
@@ -61,7 +67,7 @@ def compare(
     truth = outcome(reference.multiview_infonce, inputs, torch.float64, without_gradient=without)
     eager = outcome(reference.multiview_infonce, inputs, without_gradient=without)
     found = outcome(TRITON, inputs, without_gradient=without)
-    assert_no_worse(found, eager, truth, extra_floor=EXTRA, lucky=lucky)
+    assert_no_worse(found, eager, truth, extra_floor=EXTRA, rounding=rounding(a, b, scale), lucky=lucky)
     assert found.outputs["output 0"].dtype == FLOAT
     return found
 
@@ -95,7 +101,7 @@ def test_local_rows_against_more_columns(batch: int, columns: int, offset: int, 
     eager_op = partial(multiview_infonce, offset=offset, backend="eager")
     truth, eager = outcome(eager_op, inputs, torch.float64), outcome(eager_op, inputs)
     found = outcome(partial(TRITON, offset=offset), inputs)
-    assert_no_worse(found, eager, truth, extra_floor=EXTRA)
+    assert_no_worse(found, eager, truth, extra_floor=EXTRA, rounding=rounding(*inputs.values()))
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT16])

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from tests.kernels.truth import assert_no_worse, error, mean_error, outcome
+from tests.kernels import truth as rule
+from tests.kernels.truth import assert_no_worse, error, mean_error, outcome, tf32x3_rounding
 
 
 def softmax_product(x, y):
@@ -89,3 +90,37 @@ def test_inputs_stay_as_they_are_and_may_be_without_gradient():
     assert found.gradients.keys() == {"x"}
     assert inputs["x"].grad is None
     assert not inputs["x"].requires_grad
+
+
+def cut_to_tf32(x):
+    """As tensor cores do it: the last 13 bits of the mantissa are dropped."""
+    return (x.view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("dim", [16, 48, 512])
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_three_tf32_products_stay_within_their_rounding_and_one_does_not(dim, scale, monkeypatch):
+    """Logits of unit features, the products emulated: a softmax differs by no more than differences of logits do."""
+    monkeypatch.setattr(rule, "COMPILED", True)
+    generator = torch.Generator().manual_seed(dim)
+    x, y = torch.nn.functional.normalize(torch.randn(2, 200, dim, generator=generator), dim=-1)
+    (x_big, y_big), exact = (cut_to_tf32(x), cut_to_tf32(y)), scale * (x.double() @ y.double().T)
+    x_small, y_small = cut_to_tf32(x - x_big), cut_to_tf32(y - y_big)
+    pairs = ((x_big, y_big), (x_big, y_small), (x_small, y_big))
+    one, *corrections = (scale * (a.double() @ b.double().T) for a, b in pairs)
+    allowed = tf32x3_rounding(exact.abs().max().item(), torch.float32)
+    truth = exact.softmax(-1)
+    assert error((one + sum(corrections)).softmax(-1), truth) <= allowed
+    assert mean_error(one.softmax(-1), truth) > 20 * allowed
+
+
+def test_only_compiled_products_of_fp32_are_allowed_a_rounding_of_their_own(monkeypatch):
+    for compiled, allowed in ((True, 100 * 2.0**-21), (False, 0.0)):
+        monkeypatch.setattr(rule, "COMPILED", compiled)
+        assert tf32x3_rounding(100.0, torch.bfloat16, torch.float32) == allowed
+        assert tf32x3_rounding(100.0, torch.bfloat16, torch.float16) == 0.0
+    truth, eager = (outcome(torch.clone, {"input": torch.ones(9)}, dtype) for dtype in (torch.float64, None))
+    found = outcome(lambda input: input * (1 + 1e-6), {"input": torch.ones(9)})
+    with pytest.raises(AssertionError, match="output 0: mean error"):
+        assert_no_worse(found, eager, truth, extra_floor=1e-6)
+    assert_no_worse(found, eager, truth, rounding=1e-6)
