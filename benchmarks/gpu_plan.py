@@ -76,8 +76,9 @@ def plan() -> list[Step]:
 
 
 def only(part: str, steps: list[Step]) -> list[Step]:
-    """The steps of one of `PARTS`, with the build, which each call needs, and the report."""
-    return [step for step in steps if step.name.startswith((PARTS[part], "build", "report"))]
+    """The steps of one of `PARTS`, with the build, which each call needs, and the page, which tests do not fill."""
+    also = ("build",) if part == "tests" else ("build", "report")
+    return [step for step in steps if step.name.startswith((PARTS[part], *also))]
 
 
 def rehearsed(steps: list[Step]) -> list[Step]:

@@ -73,10 +73,11 @@ def test_the_parts_of_a_check_in_several_calls_are_the_whole_one():
     steps = plan()
     parts = {name: [step.name for step in gpu_plan.only(name, steps)] for name in gpu_plan.PARTS}
     for name, found in parts.items():
-        assert (found[0], found[-1]) == ("build", "report")
-        assert all(step.startswith(("kernel tests", "bench ", "sweep ")) for step in found[1:-1])
-        assert len({step.split()[0] for step in found[1:-1]}) == 1, name
-    once = [step for found in parts.values() for step in found[1:-1]]
+        assert found.pop(0) == "build"
+        assert name == "tests" or found.pop() == "report"  # tests alone leave no rows to show
+        assert all(step.startswith(("kernel tests", "bench ", "sweep ")) for step in found)
+        assert len({step.split()[0] for step in found}) == 1, name
+    once = [step for found in parts.values() for step in found]
     assert sorted(once) == sorted(step.name for step in steps[1:-1])
 
 
@@ -90,7 +91,7 @@ def test_a_part_leaves_files_of_its_own_name(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         f"gpu_check_{name}.{kind}" for name in gpu_plan.PARTS for kind in ("json", "tar.gz")
     )
-    assert len(made) == len(plan()) + 2 * (len(gpu_plan.PARTS) - 1)
+    assert len(made) == len(plan()) + 3
 
 
 def test_a_machine_without_gpu_is_told_so(capsys, monkeypatch):
