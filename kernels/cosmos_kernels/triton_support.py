@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -84,10 +85,9 @@ def why_missing() -> str | None:
 
 def _why_no_interpreter(triton_version: str) -> str | None:
     """The interpreter computes with numpy; that of Triton 3.6 makes integers of arrays, which numpy 2.4 refuses."""
-    import numpy
-
-    if _release(triton_version) < INTERPRETER_TRITON and _release(numpy.__version__) >= NEW_NUMPY:
-        return f"triton {triton_version} interprets kernels with numpy before 2.4 only, here is {numpy.__version__}"
+    numpy_version = version("numpy")
+    if _release(triton_version) < INTERPRETER_TRITON and _release(numpy_version) >= NEW_NUMPY:
+        return f"triton {triton_version} interprets kernels with numpy before 2.4 only, here is {numpy_version}"
     return None
 
 

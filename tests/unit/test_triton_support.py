@@ -74,7 +74,7 @@ def test_triton_that_is_old_or_broken(machine, fake_triton):
     ("triton", "numpy", "runs"), [("3.6.0", "2.4.6", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.6", True)]
 )
 def test_an_interpreter_that_this_numpy_breaks(machine, fake_triton, monkeypatch, triton, numpy, runs):
-    monkeypatch.setattr("numpy.__version__", numpy)
+    monkeypatch.setattr(triton_support, "version", lambda package: numpy)
     machine(None, interpreted=True)
     fake_triton(f"__version__ = {triton!r}")
     words = f"triton {triton} interprets kernels with numpy before 2.4 only, here is {numpy}"
