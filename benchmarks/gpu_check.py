@@ -8,10 +8,11 @@
     python3 benchmarks/gpu_check.py --rehearse --out DIR          all of it on a CPU, in small; its figures mean nothing
 
 Needs torch with CUDA, Triton, numpy; pytest for the kernel tests, which pytest-xdist makes faster; click, PyYAML and
-safetensors for the benchmarks; matplotlib for pictures; nvcc for the CUDA kernels. No installation. What a step lacks
-is written in its place, and the others run. `gpu_check.json` holds every step from the start ("not run: yet to come")
-and is written anew after each, so that a run that is cut off has left what it found. Exit status: 0 all passed, 1
-something failed or did not run, 2 no GPU here.
+safetensors for the benchmarks, ftfy (with wcwidth) and braceexpand for those of loader, tokenizer and evaluation;
+matplotlib for pictures; nvcc for the CUDA kernels. No installation: packages may lie in a folder on PYTHONPATH. What a
+step lacks is written in its place, and the others run. `gpu_check.json` holds every step from the start ("not run: yet
+to come") and is written anew after each, so that a run that is cut off has left what it found. Exit status: 0 all
+passed, 1 something failed or did not run, 2 no GPU here.
 """
 
 from __future__ import annotations
