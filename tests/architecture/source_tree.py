@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,8 +33,13 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
 
-def imports(path: Path, package: str) -> Iterator[Import]:
+@functools.cache
+def imports(path: Path, package: str) -> tuple[Import, ...]:
     """Every import of a file, also those inside functions and under TYPE_CHECKING. package: the one the file is in."""
+    return tuple(_imports(path, package))
+
+
+def _imports(path: Path, package: str) -> Iterator[Import]:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
