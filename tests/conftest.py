@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.interpreter import patch_once_a_launch
+
 # Small tensors gain nothing from a second thread, and the suite runs one process a core.
 torch.set_num_threads(1)
 
@@ -16,6 +18,7 @@ torch.set_num_threads(1)
 # here, before any test module can bring Triton in. `auto` never chooses interpreted kernels.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    patch_once_a_launch()
 
 
 # Files that take longest, with the long tests, come first, so that at the end no process waits for one of them alone.
