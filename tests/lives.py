@@ -74,18 +74,26 @@ class Run:
         for process in processes:
             process.start()
         deadline = time.monotonic() + 600
-        is_over = False
+        is_over, looked_at = False, -1
         while not is_over and any(process.is_alive() for process in processes):
             assert time.monotonic() < deadline, "a life does not end"
-            is_over = when is not None and when(len(self.notes(life, 0)))
-            # After that look, not before: a step that was noted had its workers.
-            self.workers |= {child for process in processes for child in children(process.pid or 0)}
+            steps = self.steps(life)
+            is_over = when is not None and when(steps)
+            if is_over or steps != looked_at:
+                # After that look, not before: a step that was noted had its workers.
+                self.workers |= {child for process in processes for child in children(process.pid or 0)}
+                looked_at = steps
             time.sleep(0 if is_over else 0.002)
         for process in processes if is_over else ():
             os.kill(process.pid or 0, signal.SIGKILL)
         for process in processes:
             process.join()
             assert process.exitcode == (0 if when is None else -signal.SIGKILL)
+
+    def steps(self, life: int) -> int:
+        """How many steps of a life rank 0 has noted."""
+        file = self.folder / f"{life}_0.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def notes(self, life: int, rank: int) -> list[dict[str, Any]]:
         """What a rank trained on, a batch each; a line that the kill cut in two was not trained on."""
