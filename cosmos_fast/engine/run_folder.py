@@ -37,12 +37,13 @@ _OF_THE_BATCH = ("run.batch_size", "run.accumulate_steps")
 @dataclass(frozen=True)
 class RunPlan:
     """A run that may begin. checkpoint: the folder it continues from, None for a start from scratch. state: where it
-    stands."""
+    stands. newest: name of the newest checkpoint that the folder held then, "" for none."""
 
     folder: Path
     checkpoint: Path | None = None
     state: TrainState = field(default_factory=TrainState)
     overwrite: bool = False
+    newest: str = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -63,7 +64,7 @@ class RunPlan:
     def from_json(cls, values: dict[str, Any]) -> RunPlan:
         """The reverse of to_json()."""
         found = None if values["checkpoint"] is None else Path(values["checkpoint"])
-        return cls(Path(values["folder"]), found, TrainState(**values["state"]), values["overwrite"])
+        return cls(Path(values["folder"]), found, TrainState(**values["state"]), values["overwrite"], values["newest"])
 
     @contextmanager
     def begin(self, config: TrainConfig) -> Iterator[None]:
@@ -72,6 +73,7 @@ class RunPlan:
             with _one_line(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FolderLock(self.folder))
+                self._check_unchanged()
                 if self.overwrite:
                     _clear(self.folder)
                 checkpoint.supersede_after(self.checkpoints, self.state.step)
@@ -85,6 +87,15 @@ class RunPlan:
                 raise
             finally:
                 stop_logging_to(handler)
+
+    def _check_unchanged(self) -> None:
+        """UserError where another run has saved since this one was planned: its results would be set aside."""
+        now = _newest(checkpoint.list_checkpoints(self.checkpoints))
+        if now != self.newest:
+            raise UserError(
+                f"another run has changed {self.checkpoints} since this one was started (newest was "
+                f"{self.newest or 'none'}, now {now or 'none'}): start again, with --resume to continue that one"
+            )
 
 
 def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = False) -> RunPlan:
@@ -106,11 +117,11 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
                 f"{folder} already holds checkpoints up to {held[-1].name}: continue with --resume, "
                 "choose another folder with --set name=..., or remove them with --overwrite"
             )
-        return RunPlan(folder, overwrite=overwrite)
+        return RunPlan(folder, overwrite=overwrite, newest=_newest(held))
     found = _find_checkpoint(folder, resume)
     if found is None:
         _log.info("no checkpoint in %s yet: starting from scratch", folder)
-        return RunPlan(folder)
+        return RunPlan(folder, newest=_newest(held))
     if held and found.parent.resolve() != (folder / "checkpoints").resolve():
         raise UserError(f"{folder} holds checkpoints of its own: to start it from {found}, set another name=...")
     stored = checkpoint.load_unchecked(found)
@@ -119,7 +130,11 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
     told_later = () if stored.state.step_samples is None else _OF_THE_BATCH
     _warn_of_changes(found.parent.parent / "config.yaml", config, (*_HARMLESS, *told_later))
     _log.info("continuing from %s", found)
-    return RunPlan(folder, found, stored.state)
+    return RunPlan(folder, found, stored.state, newest=_newest(held))
+
+
+def _newest(held: list[Path]) -> str:
+    return held[-1].name if held else ""
 
 
 def _find_checkpoint(folder: Path, resume: str) -> Path | None:

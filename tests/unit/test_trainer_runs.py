@@ -133,6 +133,19 @@ def test_existing_run_needs_resume_or_overwrite(tmp_path: Path) -> None:
     assert keep.read_text() == "mine"
 
 
+def test_what_another_run_saved_since_the_start_stays(tmp_path: Path) -> None:
+    """A start plans, then opens its data: meanwhile another run may hold the folder, save and end."""
+    config = tiny_config(tmp_path, "run.max_steps=2")
+    late = plan_run(config)
+    trainer = make_trainer(config)
+    trainer.fit()
+    before = sorted(trainer.plan.checkpoints.iterdir()), trainer.plan.metrics_file.read_bytes()
+    for plan in (late, replace(late, overwrite=True)):
+        with pytest.raises(UserError, match=r"^another run has changed .*now step_00000002\): start again[^\n]*$"):
+            make_trainer(config, plan=plan).fit()
+        assert before == (sorted(trainer.plan.checkpoints.iterdir()), trainer.plan.metrics_file.read_bytes())
+
+
 def test_resume_from_a_path(tmp_path: Path, caplog) -> None:
     config = tiny_config(tmp_path, "run.checkpoint_every_steps=2", "run.keep_checkpoints=9")
     whole = make_trainer(config)
