@@ -22,6 +22,7 @@ DEFAULT_STAGE = 1
 # Whole numbers of DeepSpeed's schema, with the least that each may be.
 _LEAST = {
     "reduce_bucket_size": 1,
+    "steps_per_print": 1,
     **dict.fromkeys(
         (
             *("allgather_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "buffer_count"),

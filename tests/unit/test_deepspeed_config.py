@@ -66,6 +66,8 @@ def test_the_section_survives_a_file(tmp_path: Path) -> None:
                 ("offload_optimizer.buffer_count", "1.5", 0),
             )
         ),
+        ("deepspeed.steps_per_print=0", "deepspeed.steps_per_print is 0: set it to a whole number"),
+        ("deepspeed.steps_per_print=x", "deepspeed.steps_per_print is 'x': set it to a whole number"),
         (f"{STAGE}=4", "use 0, 1, 2 or 3"),
         (f"{STAGE}=two", "use 0, 1, 2 or 3"),
         ("deepspeed.zero_optimization.offload_optimizer.device=nvme", "use none or cpu"),
