@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.data.images import MEAN, STD
-from cosmos_fast.data.tokenizer import VOCAB_SIZE, byte_letters, read_merges
+from cosmos_fast.data.tokenizer import END_ID, START_ID, VOCAB_SIZE, byte_letters, read_merges
 from cosmos_fast.exchange.source import Source
 from cosmos_fast.exchange.towers import tower_weights
 
@@ -47,7 +47,7 @@ def write(source: Source, folder: Path) -> None:
         "config.json": _model_config(config, float(weights["logit_scale"])),
         "preprocessor_config.json": _preprocessor(config.vision.image_size),
     }
-    if config.text.vocab_size == VOCAB_SIZE:
+    if config.text.vocab_size >= VOCAB_SIZE:  # CLIP's, maybe padded
         documents["vocab.json"] = _vocabulary()
         documents["tokenizer_config.json"] = _tokenizer(config.text.context_length)
         merges = "".join(f"{left} {right}\n" for left, right in read_merges())
@@ -86,7 +86,8 @@ def _of_block(layer: str, part: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _model_config(config: ModelConfig, log_scale: float) -> dict[str, Any]:
-    vision, text, last = config.vision, config.text, config.text.vocab_size - 1
+    vision, text = config.vision, config.text
+    start, end = (START_ID, END_ID) if text.vocab_size >= VOCAB_SIZE else (text.vocab_size - 2, text.vocab_size - 1)
     shared = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "projection_dim": config.embed_dim}
     return {
         "architectures": ["CLIPModel"],
@@ -103,8 +104,8 @@ def _model_config(config: ModelConfig, log_scale: float) -> dict[str, Any]:
             **{"model_type": "clip_text_model", "hidden_size": text.width, "intermediate_size": 4 * text.width},
             **{"num_hidden_layers": text.layers, "num_attention_heads": text.heads},
             **{"vocab_size": text.vocab_size, "max_position_embeddings": text.context_length},
-            # Features are read at the first end token, whose id is the last: what follows it is padding.
-            **dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), (last - 1, last, last), strict=True)),
+            # Features are read at the first end token: what follows it is padding.
+            **{"bos_token_id": start, "eos_token_id": end, "pad_token_id": end},
             **shared,
         },
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from cosmos_fast import load_checkpoint, tokenize
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import ModelConfig, TextConfig, VisionConfig
 from cosmos_fast.data.images import eval_transform
+from cosmos_fast.data.tokenizer import END_ID, VOCAB_SIZE
 from tests.exchange_models import CONFIG, OTHER, inputs, write_model
 from tests.foreign import imported
 
@@ -58,14 +60,16 @@ def test_transformers_loads_the_folder(tmp_path, config):
     assert theirs.logit_scale == load_checkpoint(tmp_path / "cosmos.safetensors").logit_scale
 
 
-def test_transformers_prepares_texts_and_images_alike(tmp_path):
+@pytest.mark.parametrize("padding", [0, 128])
+def test_transformers_prepares_texts_and_images_alike(tmp_path, padding):
+    """padding: rows of the token embedding that no token of CLIP's vocabulary has."""
     transformers = imported("transformers")
-    out = exported(tmp_path, "hf", WORDS)
+    out = exported(tmp_path, "hf", replace(WORDS, text=replace(WORDS.text, vocab_size=VOCAB_SIZE + padding)))
     texts = ["A red star!", "two dogs' bowls, 42 of them", "un café", "word " * 40]
     found = transformers.CLIPTokenizer.from_pretrained(out)(texts, padding="max_length", truncation=True)["input_ids"]
     ids = tokenize(texts, 16)
     end = ids.argmax(dim=1, keepdim=True)
-    padded = torch.where(torch.arange(16) > end, WORDS.text.vocab_size - 1, ids)  # they pad with the end token
+    padded = torch.where(torch.arange(16) > end, END_ID, ids)  # they pad with the end token
     assert torch.equal(torch.tensor(found), padded)
     model = load_checkpoint(tmp_path / "cosmos.safetensors")
     with torch.inference_mode():
