@@ -220,7 +220,7 @@ def test_together_apex(golden: Golden, seen: Seen, tmp_path, monkeypatch) -> Non
 
 
 @IN_INTERPRETER
-@pytest.mark.long  # three minutes in the interpreter
+@pytest.mark.long  # minutes in the interpreter
 def test_together_every_triton_kernel(golden: Golden, seen: Seen, tmp_path, monkeypatch) -> None:
     """Attention, norms, pooling, losses and the optimizer, blocks made anew, all negatives."""
     compute = settings(attention="triton", layer_norm="triton", checkpoint_activations="blocks")
