@@ -12,6 +12,8 @@ from cosmos_fast.evaluate import record
 from cosmos_fast.utils.errors import UserError
 
 Groups = dict[str, tuple[str, dict[str, dict[str, float]]]]
+_TASK = {"metrics": dict, "protocol": dict}
+_SET = {"task": str, "split": str, "sha256": str, **_TASK}
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,13 @@ class Comparison:
 
 
 def compare(files: Sequence[Path], anyway: bool = False) -> Comparison:
-    """UserError: a file that is no result, nothing in common, or a set with other questions, if not `anyway`."""
+    """UserError: a file that is no result or is given twice, nothing in common, a set of two tasks, or one with other
+    questions, if not `anyway`."""
     if len(files) < 2:
         raise UserError("eval compare needs two result files or more")
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise UserError(f"{twice} is given twice: give each result file once")
     contents = {file: _read(file) for file in files}
     columns = _columns(contents)
     names = list(dict.fromkeys(name for sets in columns.values() for name in sets))
@@ -36,6 +42,7 @@ def compare(files: Sequence[Path], anyway: bool = False) -> Comparison:
         if len(found) < 2:
             notes.append(f"{name}: in {next(iter(found))} only")
             continue
+        _check_task(name, found)
         _check_questions(name, found, anyway, notes)
         one = next(iter(found.values()))
         heading = f"{name}, {one['split']}" if one["split"] else name
@@ -54,14 +61,31 @@ def _read(file: Path) -> dict[str, Any]:
         if not str(content["format"]).startswith("cosmos-fast-eval/"):
             raise ValueError(f"its format is {content['format']!r}")
         for model in record.models_in(content).values():
-            for one in (*model.get("benchmarks", {}).values(), *model.get("tasks", {}).values()):
-                dict(one["metrics"]), dict(one["protocol"])
-        dict(content["versions"])
+            for key, kinds in (("benchmarks", _SET), ("tasks", _TASK)):
+                for name, one in model.get(key, {}).items():
+                    _check_entry(name, one, kinds)
+        _check_kinds("the file", content, {"versions": dict})
+        _check_kinds("data", content.get("data", {"sha256": ""}), {"sha256": str})
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} is no result of `eval run --out` ({error!r})") from None
     return dict(content)
+
+
+def _check_entry(name: str, one: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    """ValueError where the record of a set or task lacks something, or has a metric that is no number."""
+    _check_kinds(name, one, kinds)
+    for key, value in one["metrics"].items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name}: its {key} is no number")
+
+
+def _check_kinds(name: str, one: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
+    words: dict[type, str] = {dict: "object", str: "text"}
+    for key, kind in kinds.items():
+        if not isinstance(one.get(key), kind):
+            raise ValueError(f"{name}: its {key} is missing or no {words[kind]}")
 
 
 def _columns(contents: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -77,6 +101,13 @@ def _columns(contents: Mapping[Path, dict[str, Any]]) -> dict[str, dict[str, dic
                 sets[f"--data, {task}"] = {**one, "task": task, "split": "", "sha256": digest}
             columns[f"{called} {weights}"] = sets
     return columns
+
+
+def _check_task(name: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """All columns are of one task: numbers of two have no lines in common, with --anyway neither."""
+    if len({one["task"] for one in found.values()}) > 1:
+        shown = ", ".join(f"{one['task']} in {column}" for column, one in found.items())
+        raise UserError(f"{name} stands for different tasks ({shown}): leave one file out")
 
 
 def _check_questions(name: str, found: Mapping[str, Mapping[str, Any]], anyway: bool, notes: list[str]) -> None:

@@ -45,6 +45,10 @@ def changed(record: Mapping[str, Any], **metrics: float) -> dict[str, Any]:
     return found
 
 
+def without(record: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != key}
+
+
 def test_two_files_stand_side_by_side_with_the_best_and_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +108,41 @@ def test_held_out_shards_are_compared_by_their_digest(tmp_path: Path) -> None:
     assert (task_of, list(columns)) == ("retrieval", ["a teacher", "b teacher"])
     with pytest.raises(UserError, match="differ"):
         compare(files)
+
+
+DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
+    "a set without its hash": ({"benchmarks": {"coco": without(COCO, "sha256")}}, "coco: its sha256 is missing"),
+    "a set without its split": ({"benchmarks": {"coco": without(COCO, "split")}}, "coco: its split is missing"),
+    "a task that is no text": ({"benchmarks": {"coco": {**COCO, "task": 3}}}, "coco: its task is missing or no text"),
+    "a list of metrics": ({"benchmarks": {"coco": {**COCO, "metrics": []}}}, "coco: its metrics is missing or no obj"),
+    "a metric that is no number": (
+        {"benchmarks": {"coco": {**COCO, "metrics": {"i2t_r1": "10"}}}},
+        "coco: its i2t_r1 is no number",
+    ),
+    "a list of versions": ({"benchmarks": {"coco": COCO}, "versions": []}, "its versions is missing or no object"),
+    "data without a hash": ({"benchmarks": {"coco": COCO}, "data": {}}, "data: its sha256 is missing"),
+    "another task": (
+        {"benchmarks": {"coco": {**COCO, "task": "segmentation"}}},
+        "coco stands for different tasks (retrieval in a teacher, segmentation in b teacher)",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_result_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    content, message = DAMAGED[damage]
+    whole = written(tmp_path / "a.json", benchmarks={"coco": COCO})
+    damaged = written(tmp_path / "b.json", **content)
+    assert run_command(command, ["compare", str(whole), str(damaged)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_given_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(written(tmp_path / "a.json", benchmarks={"coco": COCO}))
+    assert run_command(command, ["compare", file, file]) == 2
+    assert capsys.readouterr().err == f"error: {file} is given twice: give each result file once\n"
 
 
 MISTAKES = {
