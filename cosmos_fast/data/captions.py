@@ -24,6 +24,7 @@ def draw_captions(sentences: Sequence[str], views: ViewsConfig, numbers: np.rand
 
 
 def _sample(sentences: Sequence[str], count: int, numbers: np.random.Generator) -> list[str]:
-    repeats, rest = divmod(count, len(sentences))
+    # As many as there are is not too few: they too come in a drawn order, or each would keep to one view.
+    repeats, rest = divmod(count, len(sentences)) if count > len(sentences) else (0, count)
     picked = numbers.permutation(len(sentences))[:rest]
     return list(sentences) * repeats + [sentences[i] for i in picked]

@@ -128,6 +128,17 @@ def test_too_few_sentences_repeat_the_list_then_sample_the_rest() -> None:
     assert max(map(len, long)) == 5
 
 
+def test_as_many_as_there_are_come_in_a_drawn_order() -> None:
+    """No sentence keeps to one view: six sentences for six local captions, five for a global one of five."""
+    source = list("abcdef")
+    firsts = Counter(draw_captions(source, ViewsConfig(), numbers(item))[2] for item in range(600))
+    assert set(firsts) == set(source)
+    assert max(firsts.values()) < 150
+    drawn = [draw_captions(list("abcde"), ViewsConfig(), numbers(item)) for item in range(300)]
+    whole = {caption for captions in drawn for caption in captions[:2] if len(caption.split(". ")) == 5}
+    assert len(whole) > 50
+
+
 def test_captions_depend_on_the_generator_alone() -> None:
     source = [f"s{i}" for i in range(12)]
     first = [draw_captions(source, ViewsConfig(), numbers(item)) for item in range(20)]
