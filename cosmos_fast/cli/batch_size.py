@@ -90,16 +90,19 @@ def row(trial: Trial, seconds: float) -> str:
 
 
 def summarise(config: TrainConfig, search: BatchSizeSearch, found: int) -> None:
-    """The line through the measurements, what to do where the recipe wants more, and the setting."""
+    """The line through the measurements, how the samples of a step are divided where that matters, and the setting."""
+    from cosmos_fast.engine.batch_size import split_of
+
     if search.line is not None:
         click.echo(f"memory = {search.line.base / GIB:.3f} GiB + {search.line.slope / MIB:.3f} MiB x batch")
     run = config.run
-    if found < run.batch_size:
-        steps = -(-run.batch_size * run.accumulate_steps // found)
-        click.echo(
-            f"for {run.batch_size * run.accumulate_steps} samples a step, find it again with "
-            f"--set run.accumulate_steps={steps} --set run.negatives=all"
-        )
+    samples = run.batch_size * run.accumulate_steps
+    batch_size, steps = split_of(samples, found)
+    setting = f"--set run.batch_size={batch_size} --set run.accumulate_steps={steps}"
+    if found < run.batch_size:  # more micro-batches than were run: they take memory too
+        click.echo(f"for {samples} samples a step, find it again with {setting} --set run.negatives=all")
+    elif run.accumulate_steps > 1:
+        click.echo(f"for {samples} samples a step: {setting}")
     click.echo(f"--set run.batch_size={found}")
 
 

@@ -42,6 +42,12 @@ class Line:
         return int((limit_bytes - self.base) / self.slope)
 
 
+def split_of(samples: int, largest: int) -> tuple[int, int]:
+    """(batch_size, accumulate_steps) of exactly `samples` a step: the largest batch of at most `largest` samples."""
+    batch_size = next(size for size in range(min(samples, largest), 0, -1) if samples % size == 0)
+    return batch_size, samples // batch_size
+
+
 @dataclass
 class BatchSizeSearch:
     """measure: batch size -> peak bytes of training steps, None where memory ran out. report: told of every trial."""

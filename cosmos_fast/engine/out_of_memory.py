@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from cosmos_fast.config import TrainConfig
+from cosmos_fast.engine.batch_size import split_of
 from cosmos_fast.utils.errors import UserError
 
 # How the allocators of CUDA's libraries and of the CPU put it.
@@ -57,8 +58,7 @@ def _smaller_batch(config: TrainConfig) -> str:
     run = config.run
     if run.batch_size == 1:
         return ways_to_need_less(config)
-    smaller = run.batch_size // 2
-    steps = -(-run.batch_size * run.accumulate_steps // smaller)
+    smaller, steps = split_of(run.batch_size * run.accumulate_steps, run.batch_size // 2)
     one_batch = run.accumulate_steps == 1 or run.negatives == "all"
     saving = "" if config.compute.checkpoint_activations == "blocks" else ", or compute.checkpoint_activations=blocks"
     return (

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cosmos_fast.cli.batch_size import summarise
 from cosmos_fast.cli.main import command, run
-from cosmos_fast.config import dump_config
+from cosmos_fast.config import dump_config, load_config
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine.batch_size import LARGEST, BatchSizeSearch, Line, Trial
 from tests.lives import children
@@ -85,6 +86,24 @@ def test_trials_say_what_was_expected() -> None:
     assert told == search.trials
     assert [trial.expected_bytes for trial in told[:2]] == [None, None]
     assert all(trial.expected_bytes == trial.peak_bytes for trial in told[2:])
+
+
+@pytest.mark.parametrize("fits", [64, 40, 22, 5, 1])
+def test_advice_that_is_followed_keeps_the_samples_of_a_step(fits: int, tmp_path: Path, capsys) -> None:
+    config = tiny_config(tmp_path, "run.batch_size=60")
+    for again in range(3):
+        summarise(config, BatchSizeSearch(lambda size: 0, 0), fits)
+        out = capsys.readouterr().out
+        assert ("find it again" in out) == (again == 0 and fits < 60)
+        if "samples a step" not in out:
+            break
+        advice = out.splitlines()[0]
+        assert advice.startswith("for 60 samples a step")
+        config = load_config(config, re.findall(r"--set (\S+)", advice))
+        assert config.run.batch_size <= fits
+        assert config.run.batch_size * config.run.accumulate_steps == 60
+        assert config.run.negatives == "all"
+    assert config.run.accumulate_steps == {64: 1, 40: 2, 22: 3, 5: 12, 1: 60}[fits]
 
 
 TWO_SAMPLES = """

@@ -92,6 +92,12 @@ def test_memory_that_runs_out_is_one_line(error: Exception, tmp_path: Path) -> N
     assert "--find-batch-size" in message
 
 
+def test_a_smaller_batch_that_is_proposed_keeps_the_samples_of_a_step(tmp_path: Path) -> None:
+    odd = tiny_config(tmp_path, "run.batch_size=25")
+    with pytest.raises(UserError, match=r"run\.batch_size=5 run\.accumulate_steps=5 "), out_of_memory_explained(odd):
+        raise MemoryError
+
+
 def test_other_errors_pass_through(tmp_path: Path) -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"), out_of_memory_explained(tiny_config(tmp_path)):
