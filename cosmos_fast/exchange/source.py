@@ -10,8 +10,8 @@ from typing import Literal
 from cosmos_fast.engine import checkpoint
 from cosmos_fast.model.checkpoints import WeightsOf, load_checkpoint, weights_in
 from cosmos_fast.model.cosmos import CosmosModel
+from cosmos_fast.model.open_clip_config import local_weights
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.hub import local_path
 
 Wanted = Literal["teacher", "student", "both"]
 
@@ -35,7 +35,7 @@ def read_source(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda
         UserError: nothing there, damaged, or not the weights that are wanted.
     """
     names: tuple[WeightsOf, ...] = ("student", "teacher") if wanted == "both" else (wanted,)
-    path = local_path(path)
+    path = local_weights(path)
     name, epoch = path.stem, 0
     if path.is_dir():
         step("checking the checkpoint")

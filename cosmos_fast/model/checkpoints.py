@@ -18,12 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.cosmos import CosmosModel
-from cosmos_fast.model.open_clip_config import described_beside
+from cosmos_fast.model.open_clip_config import described_beside, local_weights
 from cosmos_fast.model.stored import FORMAT, MANIFEST, StoredTensors, parts_in
 from cosmos_fast.model.torch_file import read_torch_file
 from cosmos_fast.model.weights import OPENAI_NUMBERS, check_stored, infer_config, strip_prefixes
 from cosmos_fast.utils.errors import UserError
-from cosmos_fast.utils.hub import local_path
 from cosmos_fast.utils.logging import get_logger
 
 WeightsOf = Literal["teacher", "student"]
@@ -81,7 +80,7 @@ class _Unfilled(TorchFunctionMode):
 def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     """The file that holds the weights a path stands for; of a checkpoint in parts its manifest, which holds the SHA-256
     of each."""
-    path = local_path(path)
+    path = local_weights(path)
     try:
         if path.is_file():
             return path

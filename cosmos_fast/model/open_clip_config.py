@@ -8,6 +8,12 @@ from pathlib import Path
 from cosmos_fast.config import ModelConfig
 from cosmos_fast.model.weights import DESCRIPTION
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.hub import local_path
+
+
+def local_weights(path: str | Path) -> Path:
+    """As local_path(): of weights on the hub the description is downloaded too, so that it lies beside the copy."""
+    return local_path(path, beside=DESCRIPTION)
 
 
 def described_beside(file: Path) -> ModelConfig | None:

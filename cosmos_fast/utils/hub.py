@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.logging import get_logger
 
+_log = get_logger(__name__)
 _ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<file>[^/].*)")
 
 
-def local_path(path: str | Path) -> Path:
+def local_path(path: str | Path, beside: str | None = None) -> Path:
     """The path itself, or for `hf://owner/repository[@revision]/file` that of the downloaded copy.
+
+    beside: name of a file that is downloaded with it, of the same folder and commit, if the repository holds it.
 
     Raises:
         UserError: no such file, no access, no connection, or no huggingface_hub.
@@ -29,9 +33,28 @@ def local_path(path: str | Path) -> Path:
             f"{shown} needs huggingface_hub: pip install 'cosmos-fast[hub]', or download the file and give its path"
         ) from None
     try:
-        return Path(hf_hub_download(found["repository"], found["file"], revision=found["revision"]))
+        copy = Path(hf_hub_download(found["repository"], found["file"], revision=found["revision"]))
+        if beside is not None:
+            _fetch_beside(copy, found["repository"], PurePosixPath(found["file"]), beside)
+        return copy
     except Exception as error:  # of the hub, of its web client, of the disk: no base class holds them all
         raise UserError(f"{shown}: {_reason(error, found['repository'])}") from error
+
+
+def _fetch_beside(copy: Path, repository: str, file: PurePosixPath, name: str) -> None:
+    """Download a neighbour of the file whose copy is given, or leave it where there is none."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    commit = copy.parents[len(file.parts) - 1].name  # copies lie in <cache>/<repository>/snapshots/<commit>
+    neighbour = str(file.with_name(name))
+    if try_to_load_from_cache(repository, neighbour, revision=commit) is not None:
+        return  # it is there, or it is known that the repository holds none
+    try:
+        hf_hub_download(repository, neighbour, revision=commit)
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        _log.warning("%s: the hub does not answer whether %s lies beside it: read without", copy, name)
+    except errors.EntryNotFoundError:
+        return
 
 
 def _reason(error: Exception, repository: str) -> str:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from cosmos_fast import create_model, load_checkpoint
 from cosmos_fast.cli.main import command, run
+from cosmos_fast.config import ModelConfig
+from cosmos_fast.model.weights import DESCRIPTION
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.hub import local_path
-from tests.exchange_models import CONFIG
+from tests.exchange_models import CONFIG, OTHER
 
 constants = pytest.importorskip("huggingface_hub.constants")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,6 +39,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the hub as a download needs."""
 
     content = b""
+    description = b""  # of weights, in every folder; empty: there is none
     asked: list[str] = []  # noqa: RUF012 - of the class, emptied by the fixture
 
     def do_HEAD(self) -> None:
@@ -45,10 +51,13 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, with_body: bool) -> None:
         self.asked.append(f"{self.command} {self.path}")
         status, reason = next((found for path, found in REFUSALS.items() if self.path.startswith(path)), (200, ""))
+        is_description = self.path.endswith(f"/{DESCRIPTION}")
+        if is_description and not self.description:
+            status, reason = 404, "EntryNotFound"
         self.send_response(status)
         if reason:
             self.send_header("X-Error-Code", reason)
-        body = self.content if status == 200 else b""
+        body = (self.description if is_description else self.content) if status == 200 else b""
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
         self.send_header("Content-Length", str(len(body)))
@@ -67,6 +76,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     models = {name: create_model(CONFIG).state_dict() for name in ("student", "teacher")}
     torch.save(models, tmp_path / "cosmos.pt")
     Hub.content = (tmp_path / "cosmos.pt").read_bytes()
+    Hub.description = b""
     Hub.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -99,6 +109,58 @@ def test_a_file_is_downloaded_once(hub, tmp_path, monkeypatch):
 def test_a_revision_is_asked_for(hub):
     local_path(f"hf://sankim2/cosmos@{COMMIT}/folder/cosmos.pt")
     assert f"HEAD /sankim2/cosmos/resolve/{COMMIT}/folder/cosmos.pt" in hub.asked
+
+
+@pytest.fixture
+def open_clip(hub) -> dict[str, Any]:
+    """The hub has weights of OpenCLIP, whose heads the shapes do not tell; what their description says of the model."""
+    config = ModelConfig(**{**vars(OTHER), "crossmodal": False})
+    described = config.to_openclip()
+    hub.content = save(create_model(config).state_dict())
+    described = {name: described[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    hub.description = json.dumps({"model_cfg": described}).encode()
+    return described
+
+
+@pytest.mark.parametrize("folder", ["", "folder/of/weights/"])
+def test_the_description_of_weights_is_downloaded_with_them(hub, open_clip, tmp_path, monkeypatch, folder):
+    address = f"hf://laion/clip/{folder}open_clip_model.safetensors"
+    found = load_checkpoint(address).config
+    assert found.to_openclip().items() >= open_clip.items()
+    assert f"GET /laion/clip/resolve/{COMMIT}/{folder}{DESCRIPTION}" in hub.asked, "of the commit of the weights"
+    assert local_path(address).is_symlink(), "what the cache names by its content is found by its name"
+    asked = [line for line in hub.asked if DESCRIPTION in line]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_checkpoint(address).config == found
+    out = tmp_path / "out.safetensors"
+    assert run(command, ["export", "--checkpoint", address, "--to", "safetensors", "--out", str(out)]) == 0
+    assert load_checkpoint(out).config == found
+    assert [line for line in hub.asked if DESCRIPTION in line] == asked, "once"
+
+
+def test_an_export_asks_for_the_description_too(hub, open_clip, tmp_path, capsys):
+    hub.description = json.dumps({"model_cfg": {**open_clip, "quick_gelu": True}}).encode()
+    address, out = "hf://laion/clip/open_clip_model.safetensors", tmp_path / "out.safetensors"
+    assert run(command, ["export", "--checkpoint", address, "--to", "safetensors", "--out", str(out)]) == 2
+    assert "quick_gelu, an activation that is not supported" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_weights_without_a_description(hub, caplog):
+    for _ in range(2):
+        assert load_checkpoint(ADDRESS).config == CONFIG
+    assert [line for line in hub.asked if DESCRIPTION in line] == [
+        f"HEAD /sankim2/cosmos/resolve/{COMMIT}/{DESCRIPTION}"
+    ]
+    assert not caplog.records
+
+
+def test_a_description_that_cannot_be_asked_for(hub, monkeypatch, caplog):
+    """The weights were cached by another program."""
+    local_path(ADDRESS)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_checkpoint(ADDRESS).config == CONFIG
+    assert f"the hub does not answer whether {DESCRIPTION} lies beside it" in caplog.text
 
 
 @pytest.mark.parametrize(
