@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -39,6 +40,7 @@ def load_config(source: TrainConfig | Mapping[str, Any] | str | Path, overrides:
         _apply(tree, override)
     _expand_sources(tree)
     _refuse_unknown_keys(tree, TrainConfig, ())
+    _refuse_truth_values("", tree, TrainConfig)
     from pydantic import TypeAdapter, ValidationError  # here: the model and its benchmarks run without it
 
     try:
@@ -161,6 +163,20 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], cls: type, path: tuple[str, ..
     missing = [f.name for f in fields(cls) if _required(f) and f.name not in tree]  # type: ignore[arg-type]
     if missing:
         raise UserError(f"configuration key {'.'.join((*path, missing[0]))!r} is missing: set it")
+
+
+def _refuse_truth_values(key: str, value: Any, hint: Any) -> None:
+    """In the place of numbers, where pydantic takes True for 1: YAML reads yes, on, no and off as truth values too."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+        raise UserError(f"configuration key {key!r} is {value} (so YAML reads yes, on, no, off): give a number")
+    for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, Mapping):
+            for name, below in _hints(kind).items():  # type: ignore[arg-type]
+                _refuse_truth_values(f"{key}.{name}" if key else name, value.get(name), below)
+        elif get_origin(kind) is tuple and isinstance(value, (list, tuple)):
+            for place, item in enumerate(value):
+                _refuse_truth_values(f"{key}.{place}", item, get_args(kind)[0])
 
 
 def _required(field: Any) -> bool:
