@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,9 @@ def write_torch_export(source: Source, folder: Path) -> None:
     def write(encoder: nn.Module, example: Tensor, name: str, file: Path) -> None:
         batch = torch.export.Dim("batch", min=1)
         program = torch.export.export(encoder, (example,), dynamic_shapes={name: {0: batch}})
-        torch.export.save(program, file.with_suffix(".pt2"))
+        content = io.BytesIO()  # torch ends the process where a disk takes no more; Python raises an OSError
+        torch.export.save(program, content)
+        file.with_suffix(".pt2").write_bytes(content.getbuffer())
 
     _write(source, folder, write)
 
