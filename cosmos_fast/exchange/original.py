@@ -18,6 +18,7 @@ def write(source: Source, path: Path) -> None:
         raise UserError("student and teacher are of two architectures: choose --weights student or teacher")
     weights = {name: model.reference_state_dict() for name, model in source.models.items()}
     try:
-        torch.save({"epoch": source.epoch, "name": source.name, "model": described} | weights, path)
+        with path.open("wb") as file:  # given a path, torch names the archive after it, and equal weights differ
+            torch.save({"epoch": source.epoch, "name": source.name, "model": described} | weights, file)
     except RuntimeError as error:  # what torch makes of a disk that takes no more
         raise OSError(f"the disk took no more: {str(error).splitlines()[0]}") from error

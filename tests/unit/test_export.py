@@ -83,6 +83,13 @@ def test_one_model_and_where_it_comes_from(run, tmp_path, weights):
     assert list(torch.load(out, weights_only=True)) == ["epoch", "name", "model", weights]
 
 
+def test_equal_weights_give_equal_bytes(run, tmp_path):
+    files = [tmp_path / name for name in ("one.pt", "other.pt")]
+    for out in files:
+        assert export("--checkpoint", run, "--to", "original", "--out", out) == 0
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_teacher_is_what_a_format_of_one_model_gets(run, tmp_path):
     out = tmp_path / "model.safetensors"
     assert export("--checkpoint", run, "--to", "safetensors", "--out", out) == 0
@@ -182,7 +189,9 @@ def test_damage_is_found_before_anything_is_written(run, tmp_path, capsys, caplo
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize(("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors"), ("torch_export", "")])
+@pytest.mark.parametrize(
+    ("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors"), ("torch_export", "")]
+)
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch, to, ending):
     """The disk takes 8 KiB a file."""
     import resource
