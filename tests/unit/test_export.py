@@ -189,9 +189,7 @@ def test_damage_is_found_before_anything_is_written(run, tmp_path, capsys, caplo
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize(
-    ("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors"), ("torch_export", "")]
-)
+@pytest.mark.parametrize(("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors"), ("torch_export", "")])
 def test_a_full_disk_leaves_nothing(run, tmp_path, capsys, monkeypatch, to, ending):
     """The disk takes 8 KiB a file."""
     import resource
