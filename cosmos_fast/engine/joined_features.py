@@ -36,17 +36,21 @@ class JoinedFeatures:
     def backward(self, part: CosmosFeatures, index: int, run: Callable[..., None] = torch.autograd.backward) -> None:
         """Send the gradients of the leaves back through the graph of a part, the one at `index`.
 
-        The scales belong to no micro-batch: they take part with the last one. run: called with the tensors of the part
-        and their gradients.
+        The scales belong to no micro-batch: they have their gradient with the last one and zeros with the others,
+        because DeepSpeed loses gradients of a parameter that is not in every pass of a step. run: called with the
+        tensors of the part and their gradients.
         """
         made: list[Tensor] = []
         gradients: list[Tensor] = []
-        for name in (*_FEATURES, *(_SCALES if index == len(self._sizes) - 1 else ())):
+        for name in (*_FEATURES, *_SCALES):
             leaf = getattr(self.features, name)
             if leaf is None or leaf.grad is None:
                 continue
             made.append(getattr(part, name))
-            gradients.append(leaf.grad if name in _SCALES else leaf.grad.split(self._sizes, dim=1)[index])
+            if name in _FEATURES:
+                gradients.append(leaf.grad.split(self._sizes, dim=1)[index])
+            else:
+                gradients.append(leaf.grad if index == len(self._sizes) - 1 else torch.zeros_like(leaf.grad))
         run(made, gradients)
 
 

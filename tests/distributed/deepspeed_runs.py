@@ -37,6 +37,7 @@ CLIPPED = "optimizer.clip_norm=0.5"
 MICRO = ("run.accumulate_steps=2", CLIPPED)
 LONG = (CLIPPED, "run.evaluate_every_steps=8")
 PARTS = "run.teacher_copy=parts"
+OFFLOADED = "deepspeed.zero_optimization.offload_optimizer.device=cpu"
 CASES = {
     **{f"stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *LONG)) for stage in range(4)},
     **{
@@ -46,6 +47,12 @@ CASES = {
     **{
         f"all_stage{stage}": Case((f"deepspeed.zero_optimization.stage={stage}", *MICRO, "run.negatives=all"), steps=3)
         for stage in (0, 2, 3)
+    },
+    **{
+        f"all_offloaded_stage{stage}": Case(
+            (f"deepspeed.zero_optimization.stage={stage}", OFFLOADED, *MICRO, "run.negatives=all"), steps=3
+        )
+        for stage in (1, 2, 3)
     },
     "micro_stage2": Case(("deepspeed.zero_optimization.stage=2", *MICRO), steps=3),
     **{
@@ -57,13 +64,8 @@ CASES = {
         for stage in (1, 3)
     },
     "bf16": Case(("deepspeed.zero_optimization.stage=1", "run.precision=bf16"), steps=3),
-    "offloaded": Case(
-        ("deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.offload_optimizer.device=cpu"), steps=3
-    ),
-    "offloaded_stage3": Case(
-        ("deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.offload_optimizer.device=cpu", PARTS),
-        steps=3,
-    ),
+    "offloaded": Case(("deepspeed.zero_optimization.stage=2", OFFLOADED), steps=3),
+    "offloaded_stage3": Case(("deepspeed.zero_optimization.stage=3", OFFLOADED, PARTS), steps=3),
     **{
         f"remade_{what}_stage{stage}": Case(
             (f"deepspeed.zero_optimization.stage={stage}", f"compute.checkpoint_activations={what}"), steps=3
