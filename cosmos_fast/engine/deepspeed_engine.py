@@ -34,7 +34,7 @@ from cosmos_fast.engine.communication import time_collectives
 from cosmos_fast.engine.optimizer import StepResult
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.engine.student_passes import StudentPasses, features_of
-from cosmos_fast.engine.teacher_copy import TeacherCopy, TeacherInParts, WholeTeacher, choose_copy
+from cosmos_fast.engine.teacher_copy import TeacherCopy, TeacherInParts, WholeTeacher, choose_copy, has_teacher_pass
 from cosmos_fast.engine.zero_layout import FlatLayout
 from cosmos_fast.engine.zero_optimizer import STATES, ZeroAdamWEma
 from cosmos_fast.engine.zero_state import common_steps, slices_of_parts, slices_of_whole, step_slices
@@ -188,7 +188,7 @@ class ZeroRun:
         weights_bytes = sum(4 * p.numel() for p in self._teacher.values())
         if choose_copy(config, self.stage, weights_bytes, self._ranks) == "parts":
             return TeacherInParts(teacher, self._averages, self._ranks, self._clock)
-        return WholeTeacher(teacher, self._averages, self._gather)
+        return WholeTeacher(teacher, self._averages, self._gather, runs=has_teacher_pass(config))
 
     def _averages(self) -> list[tuple[Tensor, FlatLayout]]:
         """This rank's parts of the teacher."""

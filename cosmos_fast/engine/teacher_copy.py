@@ -53,24 +53,41 @@ def choose_copy(config: TrainConfig, stage: int, weights_bytes: int, ranks: Rank
     Raises:
         UserError: parts where something else holds on to the weights.
     """
-    compute, request = config.compute, config.run.teacher_copy
-    fixed = ["cuda_graphs"] * compute.cuda_graphs + ["linear=fp8"] * (compute.linear == "fp8")
-    if request == "parts" and stage == 0:
-        raise UserError(
-            "run.teacher_copy=parts, but ZeRO stage 0 divides nothing: set deepspeed.zero_optimization.stage, or "
-            "run.teacher_copy=auto"
-        )
-    if request == "parts" and fixed:
-        raise UserError(
-            f"compute.{fixed[0]} needs weights that stay where they are: set run.teacher_copy=whole, or turn it off"
-        )
+    check_copy(config, stage)
+    request = config.run.teacher_copy
     if request != "auto":
         return request
-    if stage == 0 or fixed or config.objective == "clip":
+    if stage == 0 or _fixed(config) or not has_teacher_pass(config):
         return "whole"
     if ranks.device.type == "cpu" and config.run.accumulate_steps == 1:
         return "parts"  # measured on gloo ranks: less time and less memory in every stage (docs/scale.md)
     return "parts" if ranks.on_first(lambda: weights_bytes > WHOLE_COPY_SHARE * _rank_memory(ranks)) else "whole"
+
+
+def check_copy(config: TrainConfig, stage: int) -> None:
+    """UserError for run.teacher_copy=parts where something else holds on to the weights, or nothing is divided."""
+    if config.run.teacher_copy != "parts":
+        return
+    if stage == 0:
+        raise UserError(
+            "run.teacher_copy=parts, but ZeRO stage 0 divides nothing: set deepspeed.zero_optimization.stage, or "
+            "run.teacher_copy=auto"
+        )
+    if fixed := _fixed(config):
+        raise UserError(
+            f"compute.{fixed[0]} needs weights that stay where they are: set run.teacher_copy=whole, or turn it off"
+        )
+
+
+def has_teacher_pass(config: TrainConfig) -> bool:
+    """Whether steps run the teacher: plain CLIP has the average for its checkpoints and evaluations only."""
+    return config.objective == "cosmos"
+
+
+def _fixed(config: TrainConfig) -> list[str]:
+    """What of compute.* holds on to the weights."""
+    compute = config.compute
+    return ["cuda_graphs"] * compute.cuda_graphs + ["linear=fp8"] * (compute.linear == "fp8")
 
 
 def _rank_memory(ranks: Ranks) -> float:
@@ -83,19 +100,29 @@ def _rank_memory(ranks: Ranks) -> float:
 
 
 class WholeTeacher:
-    """A copy of all weights. gather: [S] of each rank -> [W, S]."""
+    """A copy of all weights. gather: [S] of each rank -> [W, S]. runs: in every step; else it is brought up to date
+    when the whole is asked for."""
 
-    def __init__(self, teacher: CosmosModel, parts: Parts, gather: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, teacher: CosmosModel, parts: Parts, gather: Callable[[Tensor], Tensor], *, runs: bool) -> None:
         self._parameters = dict(teacher.named_parameters())
-        self._parts, self._gather = parts, gather
+        self._parts, self._gather, self._runs = parts, gather, runs
+        self._is_old = False
 
     def refresh(self) -> None:
+        self._is_old = True
+        if self._runs:
+            self._update()
+
+    def _update(self) -> None:
+        self._is_old = False
         for part, layout in self._parts():
             for name, whole in layout.assemble(self._gather(part)).items():
                 self._parameters[name].data.copy_(whole)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
+        if self._is_old:
+            self._update()
         yield
 
 

@@ -22,9 +22,10 @@ from tests.ranks import run_ranks
 from tests.tiny_run import tiny_config
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.long]  # DeepSpeed is started four times
+pytestmark = [pytest.mark.slow, pytest.mark.long]  # DeepSpeed is started five times
 
 WORLD, BATCH, MICRO = 2, 4, 2
+CASES = [("demo", 0), ("demo", 1), ("demo", 2), ("demo", 3), ("demo_clip", 1)]
 SMALL_BYTES = 512  # a flag, a norm, the metrics of a step: no part of the plan
 
 # Operation of torch -> kind of the plan, and which argument is the full tensor.
@@ -52,10 +53,10 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def settings(stage: int) -> tuple[str, ...]:
+def settings(recipe: str, stage: int) -> tuple[str, ...]:
     """Two micro-batches a step; stage 3 keeps no small parameter whole."""
     return (
-        f"name=stage{stage}",
+        f"name={recipe}_stage{stage}",
         f"run.batch_size={BATCH}",
         f"run.accumulate_steps={MICRO}",
         f"deepspeed.zero_optimization.stage={stage}",
@@ -64,12 +65,12 @@ def settings(stage: int) -> tuple[str, ...]:
 
 
 def _train(folder: str) -> None:
-    """Three steps in each stage; the collectives of the last, when DeepSpeed knows the way through the model."""
+    """Three steps of each case; the collectives of the last, when DeepSpeed knows the way through the model."""
     found: dict[Any, Any] = {}
     with joined_ranks("cpu", always=True) as ranks:
         found["topology"] = topology(ranks)
-        for stage in range(4):
-            config = tiny_config(Path(folder), *settings(stage))
+        for recipe, stage in CASES:
+            config = tiny_config(Path(folder), *settings(recipe, stage), recipe=recipe)
             loader = RankLoader(config, ranks, 0, None)
             trainer = Trainer(config, loader, plan=plan_run(config), ranks=ranks)
             batches = iter(loader)
@@ -78,7 +79,7 @@ def _train(folder: str) -> None:
             with Counted() as counted:
                 trainer.train_step([next(batches) for _ in range(MICRO)])
             traffic = trainer.gradients.objective.traffic
-            found[stage] = {**counted.bytes, "loss": traffic.total_bytes // 3}
+            found[f"{recipe} {stage}"] = {**counted.bytes, "loss": traffic.total_bytes // 3}
         if ranks.first:
             Path(folder, "found.json").write_text(json.dumps(found))
 
@@ -90,12 +91,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_the_plan_counts_the_bytes_of_a_real_step(stage: int, found: dict[str, Any], tmp_path: Path) -> None:
-    config = tiny_config(tmp_path, *settings(stage))
+@pytest.mark.parametrize(("recipe", "stage"), CASES)
+def test_the_plan_counts_the_bytes_of_a_real_step(
+    recipe: str, stage: int, found: dict[str, Any], tmp_path: Path
+) -> None:
+    config = tiny_config(tmp_path, *settings(recipe, stage), recipe=recipe)
     chosen = Layout(ranks=WORLD, stage=stage, batch_size=BATCH, accumulate_steps=MICRO, precision="fp32")
     losses = loss_transfers(config, chosen)
-    real = dict(found[str(stage)])
+    real = dict(found[f"{recipe} {stage}"])
     assert real.pop("loss") == received_bytes(losses, WORLD)
     assert real.pop("small", 0) < SMALL_BYTES
     expected: dict[str, int] = defaultdict(int)

@@ -14,6 +14,7 @@ from cosmos_fast.engine.plan.memory import loss_bytes, memory_bytes, state_bytes
 from cosmos_fast.engine.plan.traffic import (
     Transfer,
     loss_transfers,
+    original_gathers,
     original_loss_bytes,
     received_bytes,
     state_transfers,
@@ -64,6 +65,8 @@ def test_bytes_of_the_losses_by_hand() -> None:
     assert original_loss_bytes(paper(), chosen) == 160 * 512 * 4 * samples * share
     assert original_loss_bytes(paper(), chosen) / received_bytes(found, 128) > 20
     assert loss_transfers(paper(), layout(1, stage=0)) == []
+    assert original_gathers(paper(), layout(4, stage=0, accumulate_steps=3)) == 480  # of three losses
+    assert original_gathers(load_config(get_recipe("demo_clip")), chosen) == 2
 
 
 def test_micro_batches_share_a_loss_or_have_their_own() -> None:
@@ -82,10 +85,11 @@ def test_micro_batches_share_a_loss_or_have_their_own() -> None:
     assert other.compute_ms["loss"] == pytest.approx(3 * one.compute_ms["loss"])
 
 
-def test_plain_clip_has_no_teacher() -> None:
+def test_plain_clip_keeps_the_average_and_does_not_run_it() -> None:
     clip = load_config(get_recipe("demo_clip"))
     chosen = layout(4, stage=1)
-    assert state_bytes(clip, 1000, chosen)["teacher"] == 0
+    assert state_bytes(clip, 1000, chosen)["teacher"] == 1000 + 4000
+    assert state_bytes(clip, 1000, layout(4, stage=0))["teacher"] == 4000
     assert not any("teacher" in name for name in purposes([*loss_transfers(clip, chosen)]))
     assert not any("teacher" in name for name in purposes(state_transfers(clip, 1000, chosen)))
     assert predicted(clip, chosen).compute_ms["teacher"] == 0

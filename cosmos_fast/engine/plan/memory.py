@@ -9,11 +9,12 @@ copy of the weights from forward to backward. Bytes for each of P parameters on 
     2           4        4/W        8/W       8/W      4/W           4
     3        4 + 4/W     4/W        8/W       8/W      4/W           4
 
-With run.teacher_copy=parts there are two units of its copy at a time, of a block or of what is around the blocks. Stage
-3 gathers the weights and, of a model below a thousand million parameters, keeps them until the backward pass is
-through; of a larger one it has a few blocks at a time. From stage 1 on, gradients are brought together in buckets
-first; the optimizer is given a copy of a rank's part. With offload_optimizer what it works on lies in the host's
-memory: masters, AdamW's state, its gradients and the teacher, but not the copy that the teacher's passes run on.
+With run.teacher_copy=parts there are two units of its copy at a time, of a block or of what is around the blocks. Plain
+CLIP has the average too, for its checkpoints and evaluations, and the same copy. Stage 3 gathers the weights and, of a
+model below a thousand million parameters, keeps them until the backward pass is through; of a larger one it has a few
+blocks at a time. From stage 1 on, gradients are brought together in buckets first; the optimizer is given a copy of a
+rank's part. With offload_optimizer what it works on lies in the host's memory: masters, AdamW's state, its gradients
+and the teacher, but not the copy that the teacher's passes run on.
 """
 
 from __future__ import annotations
@@ -42,14 +43,13 @@ def state_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[st
     buckets = 4 * min(bucket_values(config), parameters) if stage >= 1 else 0
     casts = 2 * parameters if layout.value_bytes == 2 else 0
     copied = 4 * _teacher_in_parts(config) if config.run.teacher_copy == "parts" else whole
-    teacher = (own + (copied if stage >= 1 else 0)) if config.objective == "cosmos" else 0
     gathered = whole if stage == 3 and parameters < REUSED_VALUES else 0
     found = {
         "weights": (own + gathered if stage == 3 else whole) + casts,
         "masters": own if stage >= 1 else 0,
         "gradients": gradients + buckets,
         "optimizer": 2 * own,
-        "teacher": teacher,
+        "teacher": own + (copied if stage >= 1 else 0),
     }
     moved = host_bytes(config, parameters, layout)
     return {name: size - moved.get(name, 0) for name, size in found.items()}
@@ -60,8 +60,7 @@ def host_bytes(config: TrainConfig, parameters: int, layout: Layout) -> dict[str
     if layout.stage == 0 or not offloads_optimizer(config):
         return {}
     own = 4 * -(-parameters // layout.ranks)
-    moved = {"masters": own, "gradients": own, "optimizer": 2 * own}
-    return {**moved, "teacher": own} if config.objective == "cosmos" else moved
+    return {"masters": own, "gradients": own, "optimizer": 2 * own, "teacher": own}
 
 
 def _teacher_in_parts(config: TrainConfig) -> int:

@@ -19,7 +19,7 @@ import torch
 from cosmos_fast.config import ModelConfig, TrainConfig
 from cosmos_fast.config.deepspeed import deepspeed_json
 from cosmos_fast.engine.plan.layout import Layout
-from cosmos_fast.engine.teacher_copy import forward_units
+from cosmos_fast.engine.teacher_copy import forward_units, has_teacher_pass
 from cosmos_fast.model import create_model
 
 Kind = Literal["all_gather", "all_reduce", "all_to_all", "reduce_scatter"]
@@ -31,8 +31,8 @@ REUSED_VALUES = 1_000_000_000
 GROUPS = 3
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, which "auto" stands for
 _STATE_BYTES = 4  # weights, gradients and teacher are fp32
-# Pairs of fields of the original's features, each gathered anew for each pair of views.
-ORIGINAL_GATHERS = 160
+# Of the original's loss: both sides of each of its 80 pairs of views anew; of plain CLIP's, images and texts.
+_ORIGINAL_GATHERS = {"cosmos": 160, "clip": 2}
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,14 @@ def term_views(config: TrainConfig) -> list[tuple[int, int]]:
     return [(views.text_views, views.global_crops), (views.image_views + views.text_views, teacher_views)]
 
 
+def original_gathers(config: TrainConfig, layout: Layout) -> int:
+    """Collectives of the original's losses in a step."""
+    return _ORIGINAL_GATHERS[config.objective] * layout.losses
+
+
 def original_loss_bytes(config: TrainConfig, layout: Layout) -> float:
-    """What a rank receives where each of the 80 pairs of views gathers both of its sides anew, in fp32."""
-    full = ORIGINAL_GATHERS * 4 * config.model.embed_dim * layout.loss_batch * layout.losses
+    """What a rank receives where each pair of views gathers both of its sides anew, in fp32."""
+    full = original_gathers(config, layout) * 4 * config.model.embed_dim * layout.loss_batch
     return full * (layout.ranks - 1) / layout.ranks
 
 
@@ -128,7 +133,7 @@ def state_transfers(config: TrainConfig, parameters: int, layout: Layout) -> lis
         blocks = config.model.vision.layers + config.model.text.layers
         found.append(Transfer("weights, block by block", "all_gather", passes * blocks, passes * size, "student"))
         found.append(Transfer("embeddings after the step", "all_gather", 1, _STATE_BYTES * _kept_whole(config.model)))
-    if layout.stage >= 1 and config.objective == "cosmos":
+    if layout.stage >= 1 and has_teacher_pass(config):
         found.append(_teacher_transfer(config, size, micro))
     return found
 
