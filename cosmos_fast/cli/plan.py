@@ -10,6 +10,7 @@ from cosmos_fast.cli.train import resolve_config
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.utils.errors import UserError
 
+MOST_SAMPLES = 10**9
 DEFAULT_GPUS = "8,16,32,64,128,256,512,1024"
 
 
@@ -57,6 +58,8 @@ def command(
     precision = precision or ("bf16" if config.run.precision == "auto" else config.run.precision)
     rates = assume(gpu, precision, _rates(assumed))
     samples = global_batch or _published_batch(config)
+    if samples > MOST_SAMPLES:
+        raise UserError(f"{samples} samples a step are more than the plan takes, {MOST_SAMPLES}: change --global-batch")
     usable = [count for count in counts if samples % count == 0]
     if not usable:
         raise UserError(f"{samples} samples a step do not divide evenly among {gpus} ranks: change --global-batch")

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.config.deepspeed import offloads_optimizer
-from cosmos_fast.engine.plan import Assumptions, Forecast, best_stage
+from cosmos_fast.engine.plan import Assumptions, Forecast, best_stage, refused_stages
 
 NOTE = "A model, not a measurement: counted work, bytes and memory, at the assumed rates below."
 _OFFLOADED = (
     "offload_optimizer: what it keeps in the host's memory is left out of a rank's; its time is not part of the model."
 )
+_FP8 = "compute.linear=fp8: timed at the rate of {precision}; what 8 bits save is not part of the model."
 _SECONDS_AN_HOUR = 3600
 _WIDTH = 118
 
@@ -59,8 +60,8 @@ def show_several(
     for one in bests:
         table.add_row(f"{one.layout.ranks}", f"{one.layout.stage}", *_cells(one, config))
     console.print(table)
-    if offloads_optimizer(config):
-        _print(console, _OFFLOADED)
+    for line in _not_modelled(config, bests):
+        _print(console, line)
     if left_out:
         numbers = ", ".join(map(str, left_out))
         _print(console, f"left out: {numbers} GPUs, among which {layout.global_batch} samples do not divide evenly")
@@ -76,7 +77,7 @@ def to_json(
     }
     rows = [{**_values(one, config), "best": one is best_stage(stages)} for stages in found.values() for one in stages]
     return {
-        "note": f"{NOTE} {_OFFLOADED}" if offloads_optimizer(config) else NOTE,
+        "note": " ".join([NOTE, *_not_modelled(config, [one for stages in found.values() for one in stages])]),
         "name": config.name,
         "gpu": gpu,
         "gpus_per_node": gpus_per_node,
@@ -167,10 +168,18 @@ def _remarks(config: TrainConfig, best: Forecast) -> list[str]:
             f"A loss holds {layout.loss_batch} samples against each other; all {layout.global_batch}: "
             "--set run.negatives=all."
         )
-    if offloads_optimizer(config):
-        lines.append(_OFFLOADED)
+    lines += _not_modelled(config, [best])
     lines.append(f"Each rank's loader has to bring {best.samples_per_s / layout.ranks:,.0f} samples/s.")
     return lines
+
+
+def _not_modelled(config: TrainConfig, found: Sequence[Forecast]) -> list[str]:
+    """Stages that `train` refuses, which are left out, and settings whose effect on time is not known."""
+    ranks = max(one.layout.ranks for one in found)
+    lines = [f"left out: stage {stage} ({why})" for stage, why in refused_stages(config, ranks).items()]
+    if config.compute.linear == "fp8":
+        lines.append(_FP8.format(precision=found[0].layout.precision))
+    return [*lines, _OFFLOADED] if offloads_optimizer(config) else lines
 
 
 def _memory(stages: Sequence[Forecast]) -> Table:
@@ -203,7 +212,8 @@ def _communication(best: Forecast) -> Table:
         loss = best.received_bytes("loss") / 1e6
         table.add_section()
         table.add_row("losses together", "", "", f"{loss:,.2f}", "", "")
-        table.add_row("the original's losses", "", "160", f"{best.original_loss_bytes / 1e6:,.2f}", "", "")
+        original = f"{best.original_loss_bytes / 1e6:,.2f}"
+        table.add_row("the original's losses", "", f"{best.original_gathers}", original, "", "")
     return table
 
 

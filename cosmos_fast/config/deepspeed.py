@@ -122,6 +122,12 @@ def deepspeed_json(config: TrainConfig) -> dict[str, Any]:
     return _merged(base, _with_numbers(config.deepspeed, "deepspeed"))
 
 
+def zero_stage(config: TrainConfig) -> int:
+    """The ZeRO stage of a run on several ranks."""
+    stage: int = deepspeed_json(config)["zero_optimization"]["stage"]
+    return stage
+
+
 def offloads_optimizer(config: TrainConfig) -> bool:
     """Whether what the optimizer works on lies in the host's memory, from stage 1 on."""
     zero: dict[str, Any] = config.deepspeed.get("zero_optimization", {})

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from cosmos_fast.config import TrainConfig
+from cosmos_fast.config.deepspeed import offloads_optimizer, zero_stage
 from cosmos_fast.engine.checkpoint import Snapshot
 from cosmos_fast.engine.initial import start_from
 from cosmos_fast.engine.optimizer import AdamWEma, build_optimizer
 from cosmos_fast.engine.precision import Precision
 from cosmos_fast.engine.rng import set_rng_state
+from cosmos_fast.engine.teacher_copy import check_copy
 from cosmos_fast.model import CosmosModel, create_model
 from cosmos_fast.model.compute import apply_compute
 from cosmos_fast.utils.errors import UserError
@@ -64,17 +66,21 @@ def build_updates(
 
 
 def divides_work(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether DeepSpeed stands between the trainer and its weights. UserError for several ranks without it."""
+    """Whether DeepSpeed stands between the trainer and its weights.
+
+    Raises:
+        UserError: several ranks without it, or what `check_division` refuses.
+    """
     if config.run.engine == "plain" and ranks.world_size > 1:
         raise UserError(f"run.engine=plain trains on one rank, and there are {ranks.world_size}: set run.engine=auto")
     if config.run.engine == "deepspeed" or ranks.world_size > 1:
-        _check_compute(config)
+        check_division(config, zero_stage(config))
         return True
     return False
 
 
-def _check_compute(config: TrainConfig) -> None:
-    """UserError for what DeepSpeed's way of holding weights leaves no room for."""
+def check_division(config: TrainConfig, stage: int) -> None:
+    """UserError for what DeepSpeed's way of holding weights in this ZeRO stage leaves no room for."""
     compute = config.compute
     if compute.optimizer != "fused":
         raise UserError(
@@ -82,8 +88,14 @@ def _check_compute(config: TrainConfig) -> None:
         )
     moving = [name for name in ("compile", "cuda_graphs") if getattr(compute, name)]
     moving += ["linear=fp8"] if compute.linear == "fp8" else []
-    if config.deepspeed.get("zero_optimization", {}).get("stage") == 3 and moving:
+    if stage == 3 and moving:
         raise UserError(
             f"compute.{moving[0]} needs weights that stay where they are, and ZeRO stage 3 moves them: turn it off, or "
             "set deepspeed.zero_optimization.stage=2"
         )
+    if stage == 0 and offloads_optimizer(config):
+        raise UserError(
+            "deepspeed.zero_optimization.offload_optimizer.device=cpu, but ZeRO stage 0 offloads nothing: set "
+            "deepspeed.zero_optimization.stage to 1, 2 or 3, or the device to none"
+        )
+    check_copy(config, stage)

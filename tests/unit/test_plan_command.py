@@ -78,6 +78,28 @@ def test_what_is_not_modelled_is_said(capsys) -> None:
             assert capsys.readouterr().out.count("its time is not part of the model") == times
 
 
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        (["compute.cuda_graphs=true"], [3]),
+        (["compute.linear=fp8"], [3]),
+        (["deepspeed.zero_optimization.offload_optimizer.device=cpu"], [0]),
+        (["run.teacher_copy=parts", "compute.compile=true"], [0, 3]),
+        ([], []),
+    ],
+)
+def test_stages_that_train_refuses_are_left_out(settings: list[str], left_out: list[int], capsys) -> None:
+    arguments = ["plan", "--recipe", "cc12m_vit_b_16", *(word for one in settings for word in ("--set", one))]
+    for more in (["--gpus", "8"], ["--gpus", "8,16"], ["--gpus", "8", "--json"]):
+        assert run(command, [*arguments, *more]) == 0
+        text = capsys.readouterr().out
+        assert [stage for stage in range(4) if f"left out: stage {stage} (" in text] == left_out
+        assert ("timed at the rate of bf16" in text) == ("compute.linear=fp8" in settings)
+    assert {row["stage"] for row in json.loads(text)["layouts"]} == {0, 1, 2, 3} - {*left_out}
+    assert run(command, [*arguments, "--gpus", "1", "--json"]) == 0  # one rank has no stages
+    assert len(json.loads(capsys.readouterr().out)["layouts"]) == 4
+
+
 def test_json_holds_the_same(capsys) -> None:
     assert run(command, ["plan", "--recipe", "cc12m_vit_b_16", "--gpus", "8,16", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -110,6 +132,8 @@ def test_json_holds_the_same(capsys) -> None:
         (["--assume", "mfu=fast"], "not of the form NAME=NUMBER"),
         (["--gpu", "h101"], "is not in the table"),
         (["--set", "run.batch=2"], "did you mean"),
+        (["--global-batch", "100000000000"], "more than the plan takes, 1000000000"),
+        (["--set", "run.teacher_copy=parts", "--set", "compute.cuda_graphs=true"], "set run.teacher_copy"),
         (["--set", "deepspeed.zero_optimization.reduce_bucket_size=0"], "of 1 or above"),
     ],
 )

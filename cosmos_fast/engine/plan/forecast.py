@@ -13,12 +13,21 @@ from functools import cache
 import torch
 
 from cosmos_fast.config import ModelConfig, TrainConfig
+from cosmos_fast.config.deepspeed import zero_stage
+from cosmos_fast.engine.build import check_division
 from cosmos_fast.engine.plan.hardware import Assumptions
 from cosmos_fast.engine.plan.layout import STAGES, Layout
 from cosmos_fast.engine.plan.memory import memory_bytes
-from cosmos_fast.engine.plan.traffic import Transfer, loss_transfers, original_loss_bytes, state_transfers
+from cosmos_fast.engine.plan.traffic import (
+    Transfer,
+    loss_transfers,
+    original_gathers,
+    original_loss_bytes,
+    state_transfers,
+)
 from cosmos_fast.model import create_model
 from cosmos_fast.model.flops import SampleFlops, sample_flops
+from cosmos_fast.utils.errors import UserError
 
 # Share of the forward pass that the backward pass repeats: of 24 width² a token in a block, 8 or 16 are made anew.
 _REMADE = {"none": 0.0, "mlp": 1 / 3, "blocks": 2 / 3}
@@ -46,6 +55,7 @@ class Forecast:
     flops: float
     peak_tflops: float
     original_loss_bytes: float
+    original_gathers: int
 
     @property
     def total_gib(self) -> float:
@@ -113,6 +123,7 @@ def forecast(
         flops=layout.rank_samples * flops.training,
         peak_tflops=rates.peak_tflops,
         original_loss_bytes=original_loss_bytes(config, layout),
+        original_gathers=original_gathers(config, layout),
     )
 
 
@@ -136,12 +147,18 @@ def largest_batches(
 ) -> Forecast:
     """The same global batch in as few micro-batches as memory allows; in one of a sample each if nothing fits."""
     samples = layout.rank_samples
-    for size in sorted((d for d in range(1, samples + 1) if samples % d == 0), reverse=True):
+    for size in _divisors(samples):
         split = replace(layout, batch_size=size, accumulate_steps=samples // size)
         found = forecast(config, split, rates, gpus_per_node, parameters)
         if found.fits:
             break
     return found
+
+
+def _divisors(number: int) -> list[int]:
+    """The largest first."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)}, reverse=True)
 
 
 def best_stage(forecasts: Sequence[Forecast]) -> Forecast:
@@ -159,8 +176,16 @@ def best_stage(forecasts: Sequence[Forecast]) -> Forecast:
 def stages_of(
     config: TrainConfig, ranks: int, global_batch: int, rates: Assumptions, *, precision: str, gpus_per_node: int
 ) -> list[Forecast]:
-    """Every ZeRO stage with the largest micro-batch that fits. global_batch is a multiple of ranks."""
-    parameters = count_parameters(config)
+    """Every ZeRO stage that `train` takes, with the largest micro-batch that fits.
+
+    global_batch: a multiple of ranks.
+
+    Raises:
+        UserError: a run that no stage can take.
+    """
+    parameters, refused = count_parameters(config), refused_stages(config, ranks)
+    if len(refused) == len(STAGES):
+        raise UserError(refused[zero_stage(config)])
     layouts = [
         Layout(
             ranks=ranks,
@@ -170,8 +195,20 @@ def stages_of(
             all_negatives=config.run.negatives == "all",
         )
         for stage in STAGES
+        if stage not in refused
     ]
     return [largest_batches(config, layout, rates, gpus_per_node, parameters) for layout in layouts]
+
+
+def refused_stages(config: TrainConfig, ranks: int) -> dict[int, str]:
+    """What `train` says to a ZeRO stage on so many ranks, of those that it refuses. One rank needs no stage."""
+    found = {}
+    for stage in STAGES if ranks > 1 else ():
+        try:
+            check_division(config, stage)
+        except UserError as error:
+            found[stage] = str(error)
+    return found
 
 
 def _sample_flops(config: TrainConfig, layout: Layout, rates: Assumptions) -> SampleFlops:
