@@ -14,6 +14,7 @@ from cosmos_fast.config import TrainConfig
 from cosmos_fast.utils.errors import UserError
 
 LAUNCHERS = ("torchrun", "deepspeed", "slurm")
+MOST_SLOTS = 1024
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
@@ -59,6 +60,7 @@ def command(
     config = _checked(given)
     cluster = _cluster(launcher, nodes, gpus, hosts, hostfile, port, max_restarts)
     _check_restarts(launcher, max_restarts, given["resume"], given["overwrite"])
+    _check_ranks(config, cluster.ranks)
     if launcher == "torchrun":
         text = launch_lines.torchrun(cluster, config.name, arguments)
     elif launcher == "deepspeed":
@@ -89,6 +91,16 @@ def _checked(given: dict[str, Any]) -> TrainConfig:
     if not config.data.train:
         raise UserError("data.train is empty: name the shards behind --, e.g. --set data.train='shards/*.tar'")
     return config
+
+
+def _check_ranks(config: TrainConfig, count: int) -> None:
+    """UserError for what every rank would refuse, as far as the configuration and their number tell."""
+    from cosmos_fast.engine.build import divides_work
+    from cosmos_fast.utils.ranks import Ranks, device_of_rank
+
+    place = Ranks(0, count)
+    device_of_rank(config.run.device, place)
+    divides_work(config, place)
 
 
 def _check_restarts(launcher: str, restarts: int, resume: str | None, overwrite: bool) -> None:
@@ -139,7 +151,8 @@ def read_hostfile(path: Path) -> tuple[tuple[str, ...], int]:
     """Names, and ranks of each.
 
     Raises:
-        UserError: a file that is not there or not of the form `name slots=8`, different numbers of slots, a name twice.
+        UserError: a file that is not there or not of the form `name slots=8`, different numbers of slots, or more than
+            a server can have, a name twice.
     """
     try:
         lines = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -159,6 +172,10 @@ def read_hostfile(path: Path) -> tuple[tuple[str, ...], int]:
         slots.add(int(found.group(1)))
     if not names:
         raise UserError(f"hostfile {path} names no server: write lines such as `gpu-01 slots=8`")
+    if max(slots) > MOST_SLOTS:
+        raise UserError(
+            f"hostfile {path}: slots={max(slots)}, and a server has {MOST_SLOTS} GPUs at most: one slot a GPU"
+        )
     if len(slots) != 1:
         raise UserError(f"hostfile {path}: all servers need the same number of slots, one a GPU")
     return tuple(names), slots.pop()

@@ -44,7 +44,7 @@ def torchrun(cluster: Cluster, name: str, arguments: Sequence[str]) -> str:
     restarts = f" --max_restarts {cluster.restarts}" if cluster.restarts else ""
     if cluster.nodes == 1:
         start = f"torchrun --standalone --nproc_per_node {cluster.gpus}{restarts}"
-        return _lines([f"{start} -m {MODULE}", *_argument_lines(arguments)])
+        return _on_one_server(cluster) + _lines([f"{start} -m {MODULE}", *_argument_lines(arguments)])
     meeting = f"--rdzv_backend c10d --rdzv_endpoint {shlex.quote(cluster.hosts[0])}:{cluster.port}"
     return f"# The same on each of the {cluster.nodes} servers: {' '.join(cluster.hosts)}\n" + _lines(
         [
@@ -60,7 +60,7 @@ def deepspeed(cluster: Cluster, arguments: Sequence[str]) -> str:
     """On one server, or from the first of several, which reaches the others through pdsh and ssh."""
     if cluster.nodes == 1:
         start = f"deepspeed --num_gpus {cluster.gpus} --no_local_rank"
-        return _lines([f"{start} --module {MODULE}", *_argument_lines(arguments)])
+        return _on_one_server(cluster) + _lines([f"{start} --module {MODULE}", *_argument_lines(arguments)])
     hostfile = cluster.hostfile or "hostfile"
     text = "" if cluster.hostfile else f"cat > hostfile <<'END'\n{hostfile_text(cluster)}END\n"
     meeting = f"--master_addr {shlex.quote(cluster.hosts[0])} --master_port {cluster.port}"
@@ -71,6 +71,11 @@ def deepspeed(cluster: Cluster, arguments: Sequence[str]) -> str:
             *_argument_lines([_for_a_second_shell(argument) for argument in arguments]),
         ]
     )
+
+
+def _on_one_server(cluster: Cluster) -> str:
+    """Launchers start a single server's ranks where they are called, whatever its name is."""
+    return f"# On {cluster.hosts[0]}\n" if cluster.hosts else ""
 
 
 def hostfile_text(cluster: Cluster) -> str:

@@ -16,11 +16,12 @@ from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import TrainConfig
 from cosmos_fast.utils.errors import UserError
 from cosmos_fast.utils.ranks import Ranks, place_of_environment
-from cosmos_fast.utils.topology import describe_hosts, launcher, topology
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TRAIN = ["--recipe", "cc12m_vit_b_16", "--set", "data.train=my shards/{00000..02175}.tar", "--set", "name=it's"]
 PAPER = ["--recipe", "cc12m_vit_b_16", "--set", "data.train=shards/{00000..02175}.tar"]
+STAGE_0, STAGE_3 = (["--set", f"deepspeed.zero_optimization.stage={stage}"] for stage in (0, 3))
+OFFLOADED = ["--set", "deepspeed.zero_optimization.offload_optimizer.device=cpu"]
 # examples/<file> is what this prints.
 PRINTED = {
     "deepspeed.sh": ["deepspeed", "--hostfile", "hostfile", "--", *PAPER, "--resume"],
@@ -86,6 +87,17 @@ def test_torchrun_on_one_server(overrides: list[str], programs: Path, capsys: py
     start = ["torchrun", "--standalone", "--nproc_per_node", "4", "-m", "cosmos_fast.cli.train"]
     assert arguments == [*start, *TRAIN[:4], *overrides]
     assert config_of(arguments).data.train[0].path == "my shards/{00000..02175}.tar"
+
+
+@pytest.mark.parametrize(("launcher", "option"), [("torchrun", "--nproc_per_node"), ("deepspeed", "--num_gpus")])
+def test_one_server_by_name_is_where_the_line_is_run(
+    launcher: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """deepspeed too stays where it is called, with a hostfile of one server."""
+    (tmp_path / "hostfile").write_text("gpu-07 slots=4\n")
+    text = printed([launcher, "--hostfile", str(tmp_path / "hostfile"), "--", *PAPER], capsys)
+    assert text.startswith(f"# On gpu-07\n{launcher} ")
+    assert f"{option} 4 " in text
 
 
 def test_torchrun_on_several(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,6 +226,11 @@ def test_every_example_is_tested() -> None:
         (["torchrun", "--max-restarts", "2", "--", *PAPER, "--resume", "step_5"], "would go back to step_5"),
         (["slurm", "--", *PAPER, "--resume=step_5"], "would go back to step_5"),
         (["slurm", "--nodes", "2", "--", *PAPER[:2], "--resume"], "data.train is empty"),
+        (["torchrun", "--", *PAPER, "--set", "run.device=cuda:0"], "one GPU for 8 ranks"),
+        (["slurm", "--", *PAPER, "--set", "run.engine=plain"], "run.engine=plain trains on one rank"),
+        (["torchrun", "--", *PAPER, *STAGE_3, "--set", "compute.cuda_graphs=true"], "and ZeRO stage 3 moves them"),
+        (["torchrun", "--", *PAPER, *STAGE_0, "--set", "run.teacher_copy=parts"], "ZeRO stage 0 divides nothing"),
+        (["torchrun", "--", *PAPER, *STAGE_0, *OFFLOADED], "ZeRO stage 0 offloads nothing"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +268,7 @@ def test_an_option_that_train_has_not_is_refused(capsys: pytest.CaptureFixture[s
         ("a slots=8\nb slots=4\n", "same number of slots"),
         ("a slots=8\na slots=8\n", "line 2"),
         ("a slots=0\n", "line 1"),
+        ("a slots=99999999999999999999\n", "a server has 1024 GPUs at most"),
         ("$(x) slots=8\n", "line 1"),
     ],
 )
@@ -277,14 +295,3 @@ def test_the_published_batch_is_not_that_of_the_settings(
 ) -> None:
     assert run(command, ["launch", *cluster, "--", *PAPER, "--set", f"run.batch_size={batch}"]) == 0
     assert capsys.readouterr().err == f"# {said}\n"
-
-
-def test_topology_in_words() -> None:
-    assert topology(Ranks()) == "1 rank"
-    assert describe_hosts(["a", "a"]) == "2 ranks on a"
-    assert describe_hosts(["a", "a", "b"]) == "3 ranks on 2 hosts (a: 2, b: 1)"
-    assert describe_hosts([*"abcdef"]) == "6 ranks on 6 hosts (a: 1, b: 1, c: 1, …, f: 1)"
-    assert launcher({"TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "0"}) == "torchrun"
-    assert launcher({"CROSS_RANK": "0"}) == "deepspeed"
-    assert launcher({"SLURM_PROCID": "0"}) == "srun"
-    assert launcher({}) == "the variables RANK and WORLD_SIZE"
