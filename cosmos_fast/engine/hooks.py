@@ -83,18 +83,21 @@ class NonfiniteGuard:
         )
         if state.nonfinite_in_a_row >= self._limit:
             path = trainer.plan.folder / f"nonfinite_step_{state.step:08d}.json"
+            keys = trainer.ranks.gather(outcome.keys)
             if trainer.ranks.first:
-                write_atomic(path, to_json(self._dump(trainer, outcome)) + "\n")
+                write_atomic(path, to_json(self._dump(trainer, outcome, keys)) + "\n")
             raise UserError(
                 f"loss or gradient was not finite for {state.nonfinite_in_a_row} steps in a row (see {path}): "
                 "lower optimizer.lr, set optimizer.clip_norm, or check the data, then continue with --resume"
             )
 
-    def _dump(self, trainer: Trainer, outcome: StepOutcome) -> dict[str, Any]:
+    def _dump(self, trainer: Trainer, outcome: StepOutcome, keys: list[list[str]]) -> dict[str, Any]:
+        """keys: of the samples of each rank, by rank."""
         losses = {"loss": outcome.loss, "clip_loss": outcome.clip_loss, "distill_loss": outcome.distill_loss}
         return {
             "step": trainer.state.step,
-            "keys": outcome.keys,
+            "keys": [key for own in keys for key in own],
+            "ranks": [rank for rank, own in enumerate(keys) for _ in own],
             "lr": outcome.lr,
             "loss_scale": trainer.scaler.scale,
             "losses": {name: _spelled(float(value)) for name, value in losses.items()},

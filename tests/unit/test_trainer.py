@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 from cosmos_fast.data.batch import Batch
 from cosmos_fast.engine import loss_scale
+from cosmos_fast.engine.hooks import NonfiniteGuard, StepOutcome
 from cosmos_fast.loss import ClipLoss, CosmosLoss
 from cosmos_fast.utils.errors import UserError
+from cosmos_fast.utils.ranks import Ranks
 from tests.tiny_run import add_noise, flat, losses_of, make_batch, make_trainer, rows_of, tiny_config
 
 
@@ -117,8 +120,23 @@ def test_too_many_bad_steps_stop_with_a_dump(tmp_path: Path) -> None:
     dump = json.loads((trainer.plan.folder / "nonfinite_step_00000005.json").read_text())
     assert dump["step"] == 5
     assert dump["keys"] == ["sample16", "sample17", "sample18", "sample19"]
+    assert dump["ranks"] == [0, 0, 0, 0]
     assert dump["losses"]["loss"] == "nan"
     assert set(dump["gradient_norms"]) == {name for name, _ in trainer.student.named_parameters()}
+
+
+def test_a_dump_has_the_samples_of_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bad one may be any rank's."""
+    trainer = make_trainer(tiny_config(tmp_path))
+    trainer.fit()
+    told = StepOutcome(**dict.fromkeys((one.name for one in fields(StepOutcome)), math.nan))
+    told = replace(told, applied=False, overflow=False, keys=["a", "b"])
+    trainer.state.nonfinite_in_a_row = 1
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, ["c"]])
+    with pytest.raises(UserError, match="1 steps in a row"):
+        NonfiniteGuard(1).after_step(trainer, told)
+    dump = json.loads((trainer.plan.folder / "nonfinite_step_00000006.json").read_text())
+    assert (dump["keys"], dump["ranks"]) == (["a", "b", "c"], [0, 0, 1])
 
 
 def test_validators_run_on_time_and_leave_no_trace(tmp_path: Path) -> None:
