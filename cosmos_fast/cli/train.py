@@ -80,7 +80,8 @@ def command(
     """Train COSMOS or plain CLIP on image-caption shards.
 
     Writes <run.out_dir>/<name>/: config.yaml, metrics.jsonl, log.txt, checkpoints/. SIGTERM or SIGUSR1 finishes the
-    step, saves a checkpoint and ends with exit status 0; a second one kills.
+    step, saves a checkpoint and ends with exit status 0; a second one kills. Ctrl-C does so on one process, with exit
+    status 130.
 
     --profile writes <run.out_dir>/<name>/profile/ only: ledger.json, trace.json, on CUDA memory_snapshot.pickle.
 

@@ -124,7 +124,7 @@ class Trainer:
             passes=self.zero,
         )
         self.metrics = Metrics([])
-        self.stop = StopRequest()
+        self.stop = StopRequest(interrupts=ranks.world_size == 1)
         run = config.run
         self.checkpointer = Checkpointer(run, self.device)
         self.hooks = [
@@ -145,7 +145,11 @@ class Trainer:
         return self.state.step >= self.total_steps
 
     def fit(self) -> TrainState:
-        """Train to the end, or to the first step after SIGTERM or SIGUSR1 (`self.stop.signal_name` tells which)."""
+        """Train to the end, or to the first step after SIGTERM or SIGUSR1 (`self.stop.signal_name` tells which).
+
+        Raises:
+            KeyboardInterrupt: on one process, after SIGINT and a save.
+        """
         with self._running():
             batches = iter(self.loader)
             watch = Stopwatch()
@@ -161,6 +165,8 @@ class Trainer:
                     _log.info("stopped by %s at step %d", self.stop.signal_name or "another rank", self.state.step)
                     break
                 watch.lap_ms()
+        if self.stop.signal_name == "SIGINT":
+            raise KeyboardInterrupt
         return self.state
 
     def train_step(self, micro_batches: Sequence[Batch], data_ms: float = 0.0) -> StepOutcome:

@@ -11,15 +11,20 @@ from typing import Any
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+_TOLD = b"interrupted: finishing the step and saving; once more to end at once\n"
+
+
 class StopRequest:
     """Inside `with StopRequest() as stop:`, SIGTERM and SIGUSR1 only set `stop.signal_name`.
 
     A second signal acts as it would have without this. Outside the main thread, where Python allows no handlers, it
-    does nothing.
+    does nothing. interrupts: SIGINT too, unless it is ignored; the terminal is told. Not for ranks: a launcher that got
+    Ctrl-C with them signals them once more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, interrupts: bool = False) -> None:
         self.signal_name: str | None = None
+        self._interrupts = interrupts
         self._owner = os.getpid()
         self._previous: dict[int, Any] = {}
 
@@ -31,7 +36,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self
-        for number in STOP_SIGNALS:
+        takes = self._interrupts and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as jobs of a script do
+        for number in (*STOP_SIGNALS, signal.SIGINT) if takes else STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -47,6 +53,8 @@ class StopRequest:
             os.kill(os.getpid(), number)
             return
         self.signal_name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            os.write(2, _TOLD)  # a logger may be in the middle of a line
 
     def _restore(self) -> None:
         while self._previous:
