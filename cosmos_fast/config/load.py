@@ -85,9 +85,26 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which the last would count."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """As the base has it; what `<<` merges, which may be given again, is not in it yet."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise yaml.YAMLError(f"line {line} gives {key.value!r} again, after line {lines[key.value]}: keep one")
+            lines[key.value] = line
+        return node
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise UserError(f"configuration file {path} does not exist: check the path, or use --recipe") from None
     except (OSError, UnicodeDecodeError) as error:

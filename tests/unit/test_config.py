@@ -140,6 +140,8 @@ def test_settings_that_do_not_go_together() -> None:
         ("run: {batch_size: 3}", "'name' is missing"),
         ("- 1", "must hold keys and values"),
         ("a: [", "is not valid YAML"),
+        ("name: x\nrun: {}\nseed: 1\nrun: {epochs: 1}", "line 4 gives 'run' again, after line 2: keep one"),
+        ("name: x\noptimizer:\n  lr: 1\n  'lr': 2", "line 4 gives 'lr' again, after line 3"),
         ("name: x\noptimizer: 3", "'optimizer' is 3"),
     ],
 )
@@ -150,6 +152,13 @@ def test_bad_file(text: str, message: str, tmp_path) -> None:
         load_config(file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_keys_that_yaml_merges_may_be_given_again(tmp_path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("name: x\noptimizer: &o {lr: 1, eps: 2}\n<<: {optimizer: {<<: *o, lr: 3}, seed: 4}\nseed: 5\n")
+    config = load_config(file)
+    assert (config.optimizer.lr, config.seed) == (1.0, 5)
 
 
 def test_missing_file() -> None:
