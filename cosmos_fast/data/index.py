@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,7 @@ class Index:
         self,
         source: SourceConfig,
         shards: list[Shard],
+        stamps: list[list[Any]],
         tables: IndexTables,
         cache: Path | None,
         left_out: Sequence[int] = (),
@@ -61,6 +63,7 @@ class Index:
     ) -> None:
         self.source = source
         self.shards = shards
+        self.stamps = stamps  # the versions that the tables are of, see index_file.stamp()
         self.cache = cache  # the file the tables were read from or written to
         self.tables = tables
         self.storage = storage or Storage()
@@ -212,15 +215,16 @@ def open_source(
     storage = storage or Storage()
     shards = find_shards(source.path, storage)
     with index_file.exclusive(shards):  # ranks of one machine wait for the first instead of scanning again
-        cache, tables = (None, None) if rebuild else index_file.load(shards)
+        stamps = index_file.stamp(shards)
+        cache, tables = (None, None) if rebuild else index_file.load(shards, stamps)
         if tables is None:
             tables = build_tables(shards, on_shard, storage)
-            cache = index_file.save(shards, tables)
+            cache = index_file.save(shards, stamps, tables)
     if len(tables.sample_shard) == 0:
         reason = f": {tables.faults[0]}" if tables.faults else ""
         raise UserError(f"data source {shown(source.path)!r} holds no sample{reason}; are these webdataset tar shards?")
-    left_out = [] if whole else rows_left_out(shown(source.path), shards, tables)
-    return Index(source, shards, tables, cache, left_out, storage)
+    left_out = [] if whole else rows_left_out(shown(source.path), shards, stamps, tables)
+    return Index(source, shards, stamps, tables, cache, left_out, storage)
 
 
 def is_used_in_training(extension: str) -> bool:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 FOLDER = ".cosmos_index"
+DAMAGED = (ValueError, KeyError, TypeError)  # what reading a damaged file leads to
 _MAGIC = b"COSMOSIX"
 _ALIGN = 64
 _DTYPES = {
@@ -74,15 +75,14 @@ def places(shards: Sequence[Shard]) -> list[Path]:
     return [*([beside / FOLDER / name] if beside else []), cache / "index" / name]
 
 
-def load(shards: Sequence[Shard]) -> tuple[Path | None, IndexTables | None]:
-    """(file, tables) of a cache that fits these shards as they are now, else (None, None)."""
-    current = stamp(shards)
+def load(shards: Sequence[Shard], stamps: list[list[Any]]) -> tuple[Path | None, IndexTables | None]:
+    """(file, tables) of a cache made of these versions of the shards, see stamp(), else (None, None)."""
     for path in places(shards):
         try:
-            tables = _read(path, current)
+            tables = read(path, stamps)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *DAMAGED) as error:
             log.warning("index cache %s is unreadable (%s): building it again", path, error)
             continue
         if tables is not None:
@@ -90,13 +90,15 @@ def load(shards: Sequence[Shard]) -> tuple[Path | None, IndexTables | None]:
     return None, None
 
 
-def save(shards: Sequence[Shard], tables: IndexTables) -> Path | None:
-    """Write the cache; the place, or None when no place can be written (a warning says so)."""
-    current = stamp(shards)
+def save(shards: Sequence[Shard], stamps: list[list[Any]], tables: IndexTables) -> Path | None:
+    """Write the cache; the place, or None when no place can be written (a warning says so).
+
+    stamps: taken before the shards were scanned, so that one that changed meanwhile does not fit them.
+    """
     for path in places(shards):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, current, tables)
+            _write(path, stamps, tables)
         except OSError as error:
             log.debug("index cache not written to %s: %s", path, error)
             continue
@@ -141,7 +143,11 @@ def _write(path: Path, stamp: list[list[Any]], tables: IndexTables) -> None:
             out.write(np.ascontiguousarray(getattr(tables, name), dtype=np.dtype(dtype).newbyteorder("<")).data)
 
 
-def _read(path: Path, stamp: list[list[Any]]) -> IndexTables | None:
+def read(path: Path, stamps: list[list[Any]]) -> IndexTables | None:
+    """The tables of a file; None if it is of other versions of the shards.
+
+    Raises OSError, and DAMAGED for a file that is no index.
+    """
     with open(path, "rb") as file:
         start = file.read(16)
         if start[:8] != _MAGIC:
@@ -150,7 +156,7 @@ def _read(path: Path, stamp: list[list[Any]]) -> IndexTables | None:
         if size > path.stat().st_size:
             raise ValueError("cut short")
         head = json.loads(file.read(size))
-    if head["version"] != VERSION or head["shards"] != stamp:
+    if head["version"] != VERSION or head["shards"] != stamps:
         return None
     columns: dict[str, np.ndarray] = {}
     offset = 16 + size
@@ -159,7 +165,7 @@ def _read(path: Path, stamp: list[list[Any]]) -> IndexTables | None:
         length = int(head["lengths"][name])
         columns[name] = _map(path, offset, length, np.dtype(dtype).newbyteorder("<"))
         offset += columns[name].nbytes
-    _check(columns, head["extensions"], len(stamp))
+    _check(columns, head["extensions"], len(stamps))
     return IndexTables(**columns, extensions=head["extensions"], faults=[Fault(*row) for row in head["faults"]])
 
 

@@ -39,12 +39,12 @@ class Known:
     changed: int
 
 
-def rows_left_out(source: str, shards: Sequence[Shard], tables: IndexTables) -> list[int]:
+def rows_left_out(source: str, shards: Sequence[Shard], stamps: list[list[Any]], tables: IndexTables) -> list[int]:
     """Rows of the samples in quarantine, ascending; says in the log how many, and what it no longer knows.
 
     UserError if every sample is in quarantine.
     """
-    known = find(shards, tables)
+    known = find(shards, stamps, tables)
     edges = shard_edges(tables, len(shards))
     rows = sorted({edges[part.shard] + bad.number for part in known.parts for bad in part.bad})
     causes = Counter(bad.cause for part in known.parts for bad in part.bad)
@@ -70,18 +70,19 @@ def _summary(causes: Counter[str]) -> str:
 
 def find(
     shards: Sequence[Shard],
+    stamps: list[list[Any]],
     tables: IndexTables,
     suffixes: Sequence[str] = (SUFFIX,),
     rules: Rules | None = None,
     *,
     others: bool = True,
 ) -> Known:
-    """What is known of these shards. Of two files that tell of the same samples the newer one counts.
+    """What is known of these versions of the shards. Of two files that tell of the same samples the newer one counts.
 
-    suffixes: of the files to read, in this order. rules: files made by others are left out. others: with files of other
-    lists of shards.
+    stamps: of the versions, see index_file.stamp(). suffixes: of the files to read, in this order. rules: files made by
+    others are left out. others: with files of other lists of shards.
     """
-    now, edges = index_file.stamp(shards), shard_edges(tables, len(shards))
+    edges = shard_edges(tables, len(shards))
     beside = [folder / index_file.FOLDER for folder in storage.folders(shards)]
     spans: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     known: list[Part] = []
@@ -96,8 +97,8 @@ def find(
             continue
         if is_near:  # another file of the cache may tell of another source
             names.update(str(part.stamp[0]) for part in parts if part.stamp)
-        fitting = parts if own else _renumbered(parts, now, edges, tables)
-        added = [part for part in fitting if _holds(part, now, edges) and _take(spans[part.shard], part)]
+        fitting = parts if own else _renumbered(parts, stamps, edges, tables)
+        added = [part for part in fitting if _holds(part, stamps, edges) and _take(spans[part.shard], part)]
         known += added
         used += [path] if added else []
     samples = np.diff(edges)
@@ -129,10 +130,10 @@ def _read_or_warn(path: Path, level: int) -> tuple[Rules | None, list[Part]]:
     return None, []
 
 
-def _renumbered(parts: list[Part], now: list[list[Any]], edges: list[int], tables: IndexTables) -> Iterator[Part]:
+def _renumbered(parts: list[Part], stamps: list[list[Any]], edges: list[int], tables: IndexTables) -> Iterator[Part]:
     """Those of another list of shards that are about these ones, by stamp. None where that leaves a doubt."""
     here, there = defaultdict(set), defaultdict(set)
-    for number, stamp in enumerate(now):
+    for number, stamp in enumerate(stamps):
         here[repr(stamp)].add(number)
     for part in parts:
         there[repr(part.stamp)].add(part.shard)
@@ -156,7 +157,7 @@ def _take(spans: list[tuple[int, int]], part: Part) -> bool:
     return True
 
 
-def _holds(part: Part, now: list[list[Any]], edges: list[int]) -> bool:
-    """Whether the shard is still the one that was verified; now: index_file.stamp() of the shards."""
+def _holds(part: Part, stamps: list[list[Any]], edges: list[int]) -> bool:
+    """Whether the shard is still the one that was verified."""
     shard = part.shard
-    return shard < len(now) and now[shard] == part.stamp and part.stop <= edges[shard + 1] - edges[shard]
+    return shard < len(stamps) and stamps[shard] == part.stamp and part.stop <= edges[shard + 1] - edges[shard]

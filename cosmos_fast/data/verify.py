@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from cosmos_fast.data import index_file, quarantine, quarantine_search
+from cosmos_fast.data import quarantine, quarantine_search, storage
 from cosmos_fast.data.index import Index
 from cosmos_fast.data.quarantine import BadSample, Part, Rules
 from cosmos_fast.data.verify_part import Task, find_bad
@@ -43,7 +43,7 @@ def plan(index: Index, rules: Rules, again: bool = False) -> tuple[list[Part], l
     """(parts that are known already, what is left to read). again: leave out what earlier verifications found."""
     edges = quarantine.shard_edges(index.tables, len(index.shards))
     suffixes = (_AGAIN,) if again else (quarantine.SUFFIX, _JOURNAL)
-    known = quarantine_search.find(index.shards, index.tables, suffixes, rules, others=not again).parts
+    known = quarantine_search.find(index.shards, index.stamps, index.tables, suffixes, rules, others=not again).parts
     spans: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for part in known:
         spans[part.shard].append((part.start, part.stop))
@@ -65,7 +65,10 @@ def verify(
 ) -> Verdict:
     """Read what is not verified yet and write the quarantine. index: of the whole source, see open_source().
 
-    Raises UserError: another process verifies this source, a shard cannot be read, the disk is full or read-only.
+    Shards that were added since the index was opened are no part of it.
+
+    Raises UserError: another process verifies this source, a shard cannot be read or has changed since the index was
+    opened, the disk is full or read-only.
     """
     assert not index.left_out
     path = quarantine.place(index.shards)
@@ -74,10 +77,10 @@ def verify(
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".verify-lock"), busy):
             known, tasks = plan(index, rules, again)
-            stamps = index_file.stamp(index.shards)
             with _open_journal(_journal(path, again), rules) as journal:
                 for task, bad in _results(index, rules, workers, tasks):
-                    part = Part(task.shard, stamps[task.shard], task.start, task.stop, bad)
+                    _check_unchanged(index, task.shard)
+                    part = Part(task.shard, index.stamps[task.shard], task.start, task.stop, bad)
                     journal.write(quarantine.part_line(part))
                     journal.flush()
                     known.append(part)
@@ -99,6 +102,20 @@ def _results(index: Index, rules: Rules, workers: int, tasks: list[Task]) -> Ite
         return
     for task in tasks:
         yield task, find_bad(index, rules, task)
+
+
+def _check_unchanged(index: Index, shard: int) -> None:
+    """What was read of a shard so far is of the version that was indexed, or UserError."""
+    path = index.shards[shard]
+    try:
+        is_same = storage.stamp(path) == index.stamps[shard]
+    except OSError as error:
+        raise UserError(f"shard {path} cannot be read any more ({error.strerror}); run the command again") from error
+    if not is_same:
+        raise UserError(
+            f"shard {path} has changed while it was verified; run the command again when nothing writes to it any "
+            "more: it continues there"
+        )
 
 
 def _verdict(index: Index, parts: list[Part], read: int, path: Path) -> Verdict:

@@ -63,6 +63,21 @@ def test_changed_shard_is_scanned_again(tmp_path: Path) -> None:
     assert opened(tmp_path).key(0) == "000009"
 
 
+def test_a_shard_that_changes_while_it_is_indexed_is_scanned_again(tmp_path: Path) -> None:
+    shard = write_shards(tmp_path, (3, 2)) / "00000.tar"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:3000])  # a copy under way, which ends after its scan
+
+    def end_the_copy(done: int, total: int) -> None:
+        if done == total:
+            shard.write_bytes(data)
+
+    first = open_source(SourceConfig(path=str(tmp_path)), on_shard=end_the_copy)
+    assert len(first) < 5
+    found = opened(tmp_path)
+    assert (len(found), found.faults) == (5, [])
+
+
 @pytest.mark.parametrize("damage", ["cut", "garbage", "old version", "out of range", "pickle"])
 def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = opened(write_shards(tmp_path, (3,))).cache
@@ -77,7 +92,8 @@ def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, monkeypatch: 
     elif damage == "out of range":
         columns = index_build.build_tables([tmp_path / "00000.tar"])
         columns.member_start[-1] = 1000
-        index_file.save([tmp_path / "00000.tar"], columns)
+        shards = [tmp_path / "00000.tar"]
+        index_file.save(shards, index_file.stamp(shards), columns)
     else:
         cache.write_bytes(pickle.dumps(print))
     found = opened(tmp_path)

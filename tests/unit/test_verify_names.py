@@ -1,7 +1,9 @@
-"""`data verify` of shards by another name, in other company, with strange names."""
+"""`data verify` of shards by another name, in other company, with strange names, and of a folder that changes."""
 
 from __future__ import annotations
 
+import os
+import pickle
 import tarfile
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import pytest
 from cosmos_fast.cli.main import command, run
 from cosmos_fast.config import SourceConfig
 from cosmos_fast.data import verify as verification
+from cosmos_fast.data import verify_pool
 from cosmos_fast.data.index import Index, open_source
 from cosmos_fast.data.quarantine import Rules
 from cosmos_fast.data.verify import Verdict, verify
+from cosmos_fast.data.verify_part import Task
 from cosmos_fast.utils.errors import UserError
-from tests.shards import record, sample, write_shards, write_tar
+from tests.shards import picture, record, sample, write_shards, write_tar
 
 RULES = Rules("auto", 50_000_000, 1 << 20)
 
@@ -109,3 +113,44 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{source}: " in out
     assert "a.tar:x:cat:" in out
     assert "verify" in line or ":100:" in out  # an extension
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_shard_that_changes_meanwhile_is_not_verified(shards: Path) -> None:
+    shard = shards / "00000.tar"
+
+    def change(_: int) -> None:
+        data = shard.read_bytes()
+        shard.write_bytes(data.replace(picture(1), bytes(len(picture(1)))))  # of a part that is read by now
+        os.utime(shard, ns=(0, 10**18))
+
+    with pytest.raises(UserError, match=r"00000\.tar has changed while it was verified; run the command again"):
+        verified(shards, progress=change)
+    verdict = verified(shards)
+    assert keys(verdict) == ["000001", *BAD]
+    assert verdict.read == 15, "the changed shard is read from its beginning"
+
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_workers_read_by_the_index_of_their_parent(shards: Path, is_cached: bool) -> None:
+    index = whole(shards)
+    assert index.cache is not None
+    if not is_cached:
+        index.cache.unlink()
+        index.cache = None
+    write_tar(shards / "00000a.tar", {**sample(90), **sample(91)})  # comes between the shards of the index
+    write_tar(shards / "00002.tar", sample(9))
+    setup = pickle.loads(pickle.dumps(verify_pool.Setup.of(index, RULES, verify_pool.find_bad)))
+    copy = setup.open()
+    assert [copy.name(i) for i in range(len(copy))] == [index.name(i) for i in range(15)]
+    tasks = [Task(0, 0, 0, 8), Task(1, 8, 0, 1)]
+    assert [bad.key for task in tasks for bad in setup.reader(copy, RULES, task)] == BAD[:3]
+
+
+def test_workers_refuse_an_index_of_other_versions(shards: Path) -> None:
+    index = whole(shards)
+    setup = verify_pool.Setup.of(index, RULES, verify_pool.find_bad)
+    write_tar(shards / "00002.tar", sample(9))
+    assert whole(shards).cache == index.cache, "another process indexes the shards as they are now"
+    with pytest.raises(UserError, match="shards have changed while they were verified"):
+        setup.open()
