@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -17,6 +18,7 @@ from cosmos_kernels.kernel_errors import KernelError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _version() -> str:
@@ -51,10 +53,33 @@ def _shown(message: str) -> str:
     return "".join(repr(one)[1:-1] if category(one).startswith(kinds) else one for one in message)
 
 
+def _mistake(message: str) -> int:
+    """Of the error that is being handled."""
+    if os.environ.get("COSMOS_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {_shown(message)}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def _point_stdout_elsewhere() -> None:
+    """So that closing it does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _no_room(error: OSError) -> str:
+    """What to say of a disk that is full; it may be the one that stdout is written to."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _point_stdout_elsewhere()
+    return f"{error.filename or 'the output'} cannot be written ({error.strerror}): make room, or write it elsewhere"
+
+
 def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str = "cosmos-fast") -> int:
     """Run a command; returns the exit status. COSMOS_DEBUG=1 adds the traceback of a user's mistake."""
     try:
         status = entry.main(args=arguments, prog_name=name, standalone_mode=False)
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (click.exceptions.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -63,14 +88,14 @@ def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str 
         error.show()
         return error.exit_code
     except (UserError, KernelError) as error:
-        if os.environ.get("COSMOS_DEBUG") == "1":
-            traceback.print_exc()
-        print(f"error: {_shown(str(error))}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _mistake(str(error))
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`): point stdout elsewhere so that closing it does not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _point_stdout_elsewhere()  # the reader of the output has gone (`| head`)
         return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        return _mistake(_no_room(error))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,25 @@ def test_an_error_is_one_line_whatever_names_it_tells(capfd) -> None:
 
     assert run(end, []) == 2
     assert capfd.readouterr().err == "error: a\\nb\\x1b[31m\\u2028c\\u202e is no ünal\u3000😀\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_output_to_a_full_disk_is_one_line(length: int, unbuffered: str) -> None:
+    program = (
+        "import sys, click; from cosmos_fast.cli.main import run;"
+        "sys.exit(run(click.Command('end', callback=lambda: print(int(sys.argv[1]) * 'x')), []))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(length)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    line = "error: the output cannot be written (No space left on device): make room, or write it elsewhere\n"
+    assert (done.returncode, done.stderr) == (2, line)
 
 
 def test_unexpected_errors_keep_their_traceback() -> None:
