@@ -66,6 +66,29 @@ def test_complete_shards_stay_and_new_or_changed_downloads_are_added(
     assert list(prepared_records(out)) == ["000000000", "000000001", "000000002", "000010000", "000020000"]
 
 
+def test_files_that_are_not_its_own_are_left_alone(
+    tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, out = write_download(tmp_path / "images", (3,)), tmp_path / "out"
+    foreign = [out / name for name in (".notes.tmp", ".thesis.json.tmp", ".thesis.json.0123abcd.tmp")]
+    (out / "00000.tar.tmp").mkdir(parents=True)
+    for file in foreign:
+        file.write_text("mine")
+    assert run(command, dreamlip(table, images, out)) == 2
+    assert "holds shards but no prepare.json" in capsys.readouterr().err
+    (out / "00000.tar.tmp").rmdir()
+    assert run(command, dreamlip(table, images, out)) == 0
+    (out / "folder.tar.tmp").mkdir()
+    foreign += [out / "other.tar.tmp", out / ".prepare" / ".notes.tmp"]
+    own = [out / ".prepare.json.0123abcd.tmp", out / ".prepare" / ".captions.npy.0123abcd.tmp", out / "00000.tar.tmp"]
+    for file in [*foreign, *own]:
+        file.write_text("left")
+    assert run(command, dreamlip(table, images, out)) == 0
+    assert all(file.is_file() for file in foreign)
+    assert not any(file.exists() for file in own)
+    assert (out / "folder.tar.tmp").is_dir()
+
+
 def test_a_truncated_download_gives_what_is_whole_of_it(
     tmp_path: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

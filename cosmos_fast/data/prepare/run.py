@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ PARAMETERS = "prepare.json"
 FORMAT = "cosmos-fast-prepared/1"  # to be raised when the same input comes to give other bytes
 _PROBED_UNITS = 20  # spread over the download: the tables may be of a part of it
 _PROBED_SAMPLES = 20
+_WRITTEN_ASIDE = re.compile(r"\..+\.(json|npy)\.[0-9a-f]{8}\.tmp")  # as utils.files names it
 Begin = Callable[[str, int], Callable[[int], None]]  # (what, how much there is) -> advance(amount)
 
 
@@ -102,7 +104,8 @@ def prepare(settings: PrepareSettings, workers: int, begin: Begin) -> Summary:
         with locked(settings.out):
             _check_parameters(settings)
             (settings.out / WORK).mkdir(exist_ok=True)
-            _remove_leftovers(settings.out)
+            if (settings.out / PARAMETERS).exists():  # else nothing there is of this command
+                _remove_leftovers(settings.out, units)
             missing = [unit for unit in units if read_report(_plan(unit, settings, None)) is None]
             if missing:
                 captions = _open_captions(settings, reader, begin)
@@ -147,9 +150,14 @@ def _write_missing(plans: Sequence[ShardPlan], workers: int, begin: Begin) -> No
             plan.aside.unlink(missing_ok=True)
 
 
-def _remove_leftovers(out: Path) -> None:
-    for leftover in [*out.glob("*.tar.tmp"), *out.glob(".*.tmp"), *(out / WORK).glob(".*.tmp")]:
-        leftover.unlink()
+def _remove_leftovers(out: Path, units: Sequence[Unit]) -> None:
+    """What a killed run has not finished. Other files by names like these are not its own."""
+    aside = [out / f"{unit.name}.tar.tmp" for unit in units]
+    aside += [path for path in out.glob(f".{PARAMETERS}.*") if _WRITTEN_ASIDE.fullmatch(path.name)]
+    aside += [path for path in (out / WORK).glob(".*") if _WRITTEN_ASIDE.fullmatch(path.name)]
+    for leftover in aside:
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def _table_reader(settings: PrepareSettings, summary: Summary) -> TableReader | None:
@@ -223,7 +231,7 @@ def _check_parameters(settings: PrepareSettings) -> None:
     """Refuse to mix two data sets in one directory."""
     path, asked = settings.out / PARAMETERS, settings.parameters()
     if not path.exists():
-        if any(settings.out.glob("*.tar")):
+        if any(settings.out.glob("*.tar")) or any(settings.out.glob("*.tar.tmp")):
             raise UserError(f"{settings.out} holds shards but no {PARAMETERS}: choose another --out")
         return
     try:
