@@ -113,7 +113,7 @@ def command(
     elif dry_run:
         describe(config)
     else:
-        train(config, resume, overwrite)
+        train(config, resume, overwrite, config_file)
 
 
 def check_profile_options(profile: bool, others: bool) -> None:
@@ -150,7 +150,7 @@ def refuse_several_ranks(place: Ranks) -> None:
         )
 
 
-def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
+def train(config: TrainConfig, resume: str | None, overwrite: bool, config_file: str | None = None) -> None:
     """Build everything on all ranks, then train; nothing is written before all of it is there."""
     from cosmos_fast.engine.out_of_memory import out_of_memory_explained
     from cosmos_fast.engine.precision import resolve_device
@@ -162,7 +162,7 @@ def train(config: TrainConfig, resume: str | None, overwrite: bool) -> None:
     always, waits_s = config.run.engine == "deepspeed", config.run.collective_timeout_s
     with joined_ranks(config.run.device, timeout_s=waits_s, always=always) as ranks, ExitStack() as opened:
         check_command(ranks, config)
-        plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite).to_json()))
+        plan = RunPlan.from_json(ranks.on_first(lambda: plan_run(config, resume, overwrite, config_file).to_json()))
         with ranks.together():
             device = resolve_device(device_of_rank(config.run.device, ranks))
         validators = make_validators(config, ranks)

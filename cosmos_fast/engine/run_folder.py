@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -98,14 +99,17 @@ class RunPlan:
             )
 
 
-def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = False) -> RunPlan:
+def plan_run(
+    config: TrainConfig, resume: str | None = None, overwrite: bool = False, config_file: str | None = None
+) -> RunPlan:
     """Decide where a run starts, reading only.
 
     resume: None starts from scratch; "auto" takes the newest undamaged checkpoint of the run folder and starts from
-    scratch where there is none; else the path of a checkpoint folder, or of a run folder.
+    scratch where there is none; else the path of a checkpoint folder, or of a run folder. config_file: where `config`
+    was read from.
 
-    Raises UserError for a folder that already holds checkpoints without `resume` or `overwrite`, and for a checkpoint
-    that is damaged or of another architecture.
+    Raises UserError for a folder that already holds checkpoints without `resume` or `overwrite`, for a checkpoint that
+    is damaged or of another architecture, and where "auto" would not continue the run that `config_file` is of.
     """
     folder = Path(config.run.out_dir) / config.name
     if resume is not None and overwrite:
@@ -118,6 +122,8 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
                 "choose another folder with --set name=..., or remove them with --overwrite"
             )
         return RunPlan(folder, overwrite=overwrite, newest=_newest(held))
+    if resume == "auto" and config_file is not None:
+        _check_same_run(folder, config_file)
     found = _find_checkpoint(folder, resume)
     if found is None:
         _log.info("no checkpoint in %s yet: starting from scratch", folder)
@@ -135,6 +141,20 @@ def plan_run(config: TrainConfig, resume: str | None = None, overwrite: bool = F
 
 def _newest(held: list[Path]) -> str:
     return held[-1].name if held else ""
+
+
+def _check_same_run(folder: Path, config_file: str) -> None:
+    """UserError where the file lies in a run folder and its settings, such as a relative run.out_dir, name another."""
+    own = Path(config_file).resolve().parent
+    if (folder.is_dir() and folder.samefile(own)) or not checkpoint.list_checkpoints(own / "checkpoints"):
+        return
+    stored = load_config(config_file)
+    if (Path(stored.run.out_dir) / stored.name).resolve() == folder.resolve():  # nobody asked for another run
+        name = "" if own.name == stored.name else f" --set name={shlex.quote(own.name)}"
+        raise UserError(
+            f"{config_file} is of the run in {own}, but from here its settings name {folder.resolve()}: give "
+            f"--set run.out_dir={shlex.quote(str(own.parent))}{name}"
+        )
 
 
 def _find_checkpoint(folder: Path, resume: str) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import yaml
 
 from cosmos_fast.cli.lazy import LazyGroup
 from cosmos_fast.cli.main import command, run
-from cosmos_fast.config import load_config
+from cosmos_fast.config import dump_config, load_config
 from cosmos_fast.engine.estimate import activation_values, estimate
 from cosmos_fast.model import create_model
 from cosmos_fast.model.compute import apply_compute
@@ -81,6 +82,34 @@ def test_mistake_is_one_line_and_status_2_and_nothing_is_written(
     assert message in errors[0]
     assert lines[-1] == errors[0]
     assert not out_dir.exists()
+
+
+def test_resume_from_another_directory_names_the_run_folder(tmp_path: Path, monkeypatch, capfd) -> None:
+    """A stored run.out_dir that is relative would start from scratch in another folder."""
+    own, elsewhere = tmp_path / "my runs" / "demo", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (own / "checkpoints" / "step_00000002").mkdir(parents=True)
+    config = load_config(get_recipe("demo"), ["run.out_dir=my runs", "name=demo", "data.train=none", "run.device=cpu"])
+    (own / "config.yaml").write_text(dump_config(config))
+
+    def resume(*settings: str) -> str:
+        changes = [word for setting in settings for word in ("--set", setting)]
+        assert run(command, ["train", "--config", str(own / "config.yaml"), "--resume", *changes]) == 2
+        return capfd.readouterr().err
+
+    monkeypatch.chdir(elsewhere)
+    there = elsewhere / "my runs" / "demo"
+    error = resume().splitlines()[-1]
+    assert error.startswith(f"error: {own}/config.yaml is of the run in {own}, but from here its settings name {there}")
+    assert not list(elsewhere.iterdir())
+    setting = shlex.split(error.partition("--set ")[2])
+    from_there, other_run = resume(*setting), resume("name=other")
+    monkeypatch.chdir(tmp_path)
+    for said in (from_there, other_run, resume()):
+        assert "is of the run in" not in said
+    own.rename(own.with_name("old"))
+    own = own.with_name("old")
+    assert resume().splitlines()[-1].endswith(f"--set run.out_dir='{tmp_path}/my runs' --set name=old")
 
 
 def test_half_a_launcher_is_refused(monkeypatch, capfd) -> None:
