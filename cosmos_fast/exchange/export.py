@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -49,7 +49,8 @@ def export(
     missing = [package for package in chosen.needs if find_spec(package) is None]
     if missing:
         raise UserError(f"--to {to} needs {' and '.join(missing)}: pip install 'cosmos-fast[{to}]'")
-    check_target(out, to, chosen, overwrite)
+    with _writing(out):
+        check_target(out, to, chosen, overwrite)
     source = read_source(checkpoint, wanted, step)
     step(f"writing {out.name}")
     with appearing(out, folder=not chosen.suffix) as aside:
@@ -69,6 +70,8 @@ def check_target(out: Path, to: str, chosen: Format, overwrite: bool) -> None:
         return
     if out.is_dir() == bool(chosen.suffix):
         raise UserError(f"--out {out} is a {'folder' if chosen.suffix else 'file'}: choose another path")
+    if out.samefile("."):
+        raise UserError(f"--out {out} is the working directory, which cannot be replaced: choose another path")
     if not overwrite:
         raise UserError(f"--out {out} exists already: choose another path, or replace it with --overwrite")
     foreign = [] if chosen.suffix else sorted({path.name for path in out.iterdir()} - chosen.files)
@@ -89,20 +92,28 @@ def appearing(out: Path, folder: bool = False) -> Iterator[Path]:
     """
     aside, former = (out.with_name(f".{out.name}.{secrets.token_hex(4)}.{kind}") for kind in ("tmp", "old"))
     try:
-        if folder:
-            aside.mkdir()
-        yield aside
-        for path in [*aside.iterdir(), aside] if folder else [aside]:
-            if not path.is_dir():  # safetensors makes files that only their owner reads
-                os.chmod(path, (out.parent.stat().st_mode & 0o666) | 0o200)
-            fsync_path(path)
-        _put(aside, out, former)
-        fsync_path(out.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{out} could not be written ({error}): make room, or choose another path") from error
+        with _writing(out):
+            if folder:
+                aside.mkdir()
+            yield aside
+            for path in [*aside.iterdir(), aside] if folder else [aside]:
+                if not path.is_dir():  # safetensors makes files that only their owner reads
+                    os.chmod(path, (out.parent.stat().st_mode & 0o666) | 0o200)
+                fsync_path(path)
+            _put(aside, out, former)
+            fsync_path(out.parent)
     finally:
         for path in (aside, former):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that may not be entered, a name that is too long
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out} could not be written ({error}): make room, or choose another path") from error
 
 
 def _put(aside: Path, out: Path, former: Path) -> None:

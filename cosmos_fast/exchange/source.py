@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from cosmos_fast.engine import checkpoint
-from cosmos_fast.model.checkpoints import WeightsOf, load_checkpoint, weights_in
+from cosmos_fast.model.checkpoints import WeightsOf, load_checkpoint, reading, weights_in
 from cosmos_fast.model.cosmos import CosmosModel
 from cosmos_fast.model.open_clip_config import local_weights
 from cosmos_fast.utils.errors import UserError
@@ -37,13 +37,14 @@ def read_source(path: Path, wanted: Wanted, step: Callable[[str], None] = lambda
     names: tuple[WeightsOf, ...] = ("student", "teacher") if wanted == "both" else (wanted,)
     path = local_weights(path)
     name, epoch = path.stem, 0
-    if path.is_dir():
-        step("checking the checkpoint")
-        path = _checkpoint_folder(path)
-        epoch = int(checkpoint.read_state(path)[0].epoch)
-        name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
-    elif path.is_file() and wanted == "both" and set(weights_in(path)) != set(names):
-        raise UserError(f"{path} does not hold a student and a teacher: choose --weights student or teacher")
+    with reading(path):
+        if path.is_dir():
+            step("checking the checkpoint")
+            path = _checkpoint_folder(path)
+            epoch = int(checkpoint.read_state(path)[0].epoch)
+            name = path.parent.parent.name if path.parent.name == "checkpoints" else path.name
+        elif path.is_file() and wanted == "both" and set(weights_in(path)) != set(names):
+            raise UserError(f"{path} does not hold a student and a teacher: choose --weights student or teacher")
     models = {}
     for one in names:
         step(f"reading the {one}")

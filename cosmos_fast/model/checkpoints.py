@@ -7,7 +7,8 @@ that the file holds its weights: a small file cannot ask for much memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,27 +82,34 @@ def find_weights_file(path: Path, weights: WeightsOf) -> Path:
     """The file that holds the weights a path stands for; of a checkpoint in parts its manifest, which holds the SHA-256
     of each."""
     path = local_weights(path)
-    try:
+    with reading(path):
         if path.is_file():
             return path
-    except OSError as error:  # a name that is too long, for instance
+        if not path.is_dir():
+            raise UserError(f"checkpoint {path} does not exist")
+        folder = path
+        if (path / "checkpoints").is_dir() or path.name == "checkpoints":
+            root = path if path.name == "checkpoints" else path / "checkpoints"
+            complete = [step for step in root.glob("step_*") if (step / MANIFEST).is_file()]
+            if not complete:
+                raise UserError(f"run folder {path} holds no complete checkpoint yet")
+            folder = max(complete, key=lambda step: (len(step.name), step.name))
+        if (folder / MANIFEST).is_file() and parts_in(folder):
+            return folder / MANIFEST
+        file = folder / f"{weights}.safetensors"
+        if not file.is_file():
+            held = ", ".join(sorted(found.name for found in folder.glob("*.safetensors"))) or "no weights"
+            raise UserError(f"{folder} has no {file.name} (it holds {held})")
+        return file
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """UserError where a path may not be entered or read, or is too long."""
+    try:
+        yield
+    except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror})") from None
-    if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist")
-    folder = path
-    if (path / "checkpoints").is_dir() or path.name == "checkpoints":
-        root = path if path.name == "checkpoints" else path / "checkpoints"
-        complete = [step for step in root.glob("step_*") if (step / MANIFEST).is_file()]
-        if not complete:
-            raise UserError(f"run folder {path} holds no complete checkpoint yet")
-        folder = max(complete, key=lambda step: (len(step.name), step.name))
-    if (folder / MANIFEST).is_file() and parts_in(folder):
-        return folder / MANIFEST
-    file = folder / f"{weights}.safetensors"
-    if not file.is_file():
-        held = ", ".join(sorted(found.name for found in folder.glob("*.safetensors"))) or "no weights"
-        raise UserError(f"{folder} has no {file.name} (it holds {held})")
-    return file
 
 
 def weights_in(file: Path) -> tuple[WeightsOf, ...]:
@@ -122,6 +130,8 @@ def _read(file: Path, weights: WeightsOf) -> tuple[Mapping[str, Tensor], ModelCo
 
 
 def _read_safetensors(file: Path) -> tuple[Mapping[str, Tensor], ModelConfig | None]:
+    with reading(file):  # safetensors says of a file that may not be read that there is none
+        file.open("rb").close()
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

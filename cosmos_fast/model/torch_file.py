@@ -53,6 +53,8 @@ def read_torch_file(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror})") from None
     except ForeignError as error:
         raise UserError(
             f"{file} holds objects other than tensors ({error}) and is not loaded: unpickling it could run foreign "

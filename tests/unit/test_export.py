@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +163,48 @@ def test_mistakes_are_told_in_one_line_before_anything_is_read(tmp_path, capsys)
         arguments = ("--checkpoint", absent, "--weights", weights, "--to", to, "--out", tmp_path / out)
         assert message in refused(capsys, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["folder.pt"]
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "out"),
+    [("x" * 300, "a"), (LONG, "a"), (None, LONG), ("absent", f"{LONG}/a"), (None, "x" * 255)],
+    ids=["name", "path", "out", "parent", "name aside"],
+)
+def test_names_that_are_too_long(run, tmp_path, capsys, checkpoint, out):
+    """The last is allowed itself, but not the longer one that the folder is written under."""
+    source = tmp_path / checkpoint if checkpoint else run
+    message = refused(capsys, "--checkpoint", source, "--to", "open_clip", "--out", tmp_path / out)
+    assert "File name too long" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "checkpoint/checkpoints", "out", "out/within"])
+def test_folders_that_may_not_be_entered(tmp_path, capsys, monkeypatch, place):
+    """The user of the tests may enter all folders."""
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out" / "within"
+    checkpoint.mkdir()
+    out.mkdir(parents=True)
+    stat = Path.stat
+
+    def forbidden(path: Path, **options: Any) -> os.stat_result:
+        if path == tmp_path / place:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    message = refused(capsys, "--checkpoint", checkpoint, "--to", "open_clip", "--out", out, "--overwrite")
+    assert "Permission denied" in message
+
+
+def test_the_working_directory_is_not_replaced(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path):
+        message = refused(capsys, "--checkpoint", run, "--to", "open_clip", "--out", out, "--overwrite")
+        assert "is the working directory" in message
+    assert tmp_path.is_dir()
 
 
 def test_a_file_of_one_model_has_no_other(tmp_path, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +203,21 @@ def test_heads_of_another_width_need_openclips_description(tmp_path):
 def test_a_path_that_is_too_long(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         load_checkpoint(tmp_path / ("x" * 5000))
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch, ending):
+    """The user of the tests may read all files."""
+    file = tmp_path / f"weights.{ending}"
+    file.touch()
+    opened = io.open
+
+    def forbidden(path: Any, *arguments: Any, **options: Any) -> Any:
+        if path == file:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return opened(path, *arguments, **options)
+
+    for module in ("io", "builtins"):
+        monkeypatch.setattr(f"{module}.open", forbidden)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)$"):
+        load_checkpoint(file)
