@@ -53,7 +53,8 @@ def export(
         check_target(out, to, chosen, overwrite)
     source = read_source(checkpoint, wanted, step)
     step(f"writing {out.name}")
-    with appearing(out, folder=not chosen.suffix) as aside:
+    # What a symbolic link stands for is replaced, and the link stays.
+    with appearing(Path(os.path.realpath(out)), folder=not chosen.suffix) as aside:
         chosen.write(source, aside)
         check_target(out, to, chosen, overwrite)
     return source

@@ -207,6 +207,20 @@ def test_the_working_directory_is_not_replaced(run, tmp_path, capsys, monkeypatc
     assert tmp_path.is_dir()
 
 
+def test_what_a_symbolic_link_stands_for_is_replaced(run, tmp_path):
+    """No part of it is left beside the link, nor beside the folder."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "clip").symlink_to(tmp_path / "disk" / "clip")
+    arguments = ("--checkpoint", run, "--to", "open_clip", "--overwrite", "--out")
+    assert export(*arguments, tmp_path / "disk" / "clip") == 0
+    former = (tmp_path / "disk" / "clip").stat().st_ino
+    assert export(*arguments, tmp_path / "clip") == 0
+    assert (tmp_path / "clip").is_symlink()
+    assert (tmp_path / "disk" / "clip").stat().st_ino != former
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "disk"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["clip"]
+
+
 def test_a_file_of_one_model_has_no_other(tmp_path, capsys):
     torch.save({"state_dict": create_model(tiny_config(tmp_path, *MODEL).model).state_dict()}, tmp_path / "one.pt")
     arguments = ("--checkpoint", tmp_path / "one.pt", "--to", "original", "--out", tmp_path / "out.pt")
