@@ -91,7 +91,7 @@ def _longest(tokens: int) -> Tensor:
 def _why_not_triton(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, longest: Tensor | None = None) -> str | None:
     objection = attention_parts.why_unsupported(q_THd, k_SHd, v_SHd)
     if objection is None and longest is not None:
-        objection = attention_parts.why_too_long(len(longest), len(longest))
+        objection = attention_parts.why_too_long(len(longest), len(longest), q_THd)
     return objection
 
 

@@ -34,6 +34,7 @@ from cosmos_kernels import triton_support
 from cosmos_kernels.attention_parts import (
     MAX_HEAD_DIM,
     MAX_TOKENS,
+    WIDE_HEAD,
     Run,
     architecture,
     empty_like_views,
@@ -43,8 +44,6 @@ from cosmos_kernels.attention_parts import (
 )
 from cosmos_kernels.pool_parts import block_size
 from cosmos_kernels.triton_support import AheadCase
-
-WIDE_HEAD = 64  # heads with more channels leave registers for fewer queries
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from cosmos_kernels.pool_parts import block_size, stored_dtype
 
 MAX_TOKENS = 256  # keys, and queries, of a sequence: a row of scores stays in registers
 MAX_HEAD_DIM = 128
+WIDE_HEAD = 64  # heads with more channels leave registers for fewer queries
+WIDE_SHARED_BYTES = 147_456  # that keys and values of more than MAX_TILE tokens take with wide heads
 MAX_TILE = 128  # rows or columns of a tile that several sequences share
 MAX_SHARING = 8  # sequences of one tile
 MAX_STRIDE = 2**22  # elements from token to token: offsets within a tile are 32-bit
@@ -59,10 +61,19 @@ def why_unsupported(q_THd: Tensor, k_SHd: Tensor, v_SHd: Tensor, *others: Tensor
     return None
 
 
-def why_too_long(max_queries: int, max_keys: int) -> str | None:
-    """None where sequences of these lengths fit a program, else the reason."""
+def why_too_long(max_queries: int, max_keys: int, q_THd: Tensor | None = None) -> str | None:
+    """None where sequences of these lengths (with these heads, on their device) fit a program, else the reason."""
     longest = max(max_queries, max_keys)
-    return f"sequences of {longest} tokens, it takes at most {MAX_TOKENS}" if longest > MAX_TOKENS else None
+    if longest > MAX_TOKENS:
+        return f"sequences of {longest} tokens, it takes at most {MAX_TOKENS}"
+    if q_THd is None or max_keys <= MAX_TILE or q_THd.shape[-1] <= WIDE_HEAD:
+        return None
+    if triton_support.shared_bytes(q_THd.device) >= WIDE_SHARED_BYTES:
+        return None
+    return (
+        f"sequences of {max_keys} tokens with heads of {q_THd.shape[-1]} channels: on this GPU it takes {MAX_TILE} "
+        f"tokens, or {WIDE_HEAD} channels"
+    )
 
 
 @functools.cache

@@ -29,10 +29,7 @@ from typing import Any
 import cosmos_kernels
 from cosmos_kernels import native, triton_support
 from cosmos_kernels.machine_code import Code, demangle, kernels_in
-from cosmos_kernels.triton_support import AheadCase
-
-# Dynamic shared memory a block may ask for, in bytes.
-MAX_SHARED_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+from cosmos_kernels.triton_support import MAX_SHARED_BYTES, AheadCase
 
 
 @dataclass(frozen=True, kw_only=True)

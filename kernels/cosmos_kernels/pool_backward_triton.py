@@ -16,14 +16,15 @@ So dx leaves chunk by chunk like everything else. Z is made again on the way, fo
 
 Two launches, because in one the scores of L = 256 spill: `_weights_kernel`, one program a sample and 32 rows, makes r P
 and r dS in the dtype of the tokens, [B, L, M]; `_gradients_kernel`, one program a sample and D_SPLIT channels, the
-products with them. M <= 64 (the launcher cuts what is more) and L <= 256. No atomics: the same bits every time.
+products with them. M <= 64 (the launcher cuts what is more; at 32 where 256 tokens beside 64 rows are more than the
+shared memory of sm_86, sm_89 and sm_120) and L <= 256. No atomics: the same bits every time.
 
 fp16 would lose r P and r dS of large tokens or small losses: r P is divided by the largest r of the sample, r dS by a
 power of two that makes the largest of a program 1; where a sample's powers differ, q takes the difference.
 
 Bytes moved: tokens read three times (HBM once), queries and dZ twice; r P and r dS, Z, dq, dx written.
 
-Checked in Triton's interpreter and compiled for sm_80/sm_90/sm_100; not yet run on hardware.
+Checked in Triton's interpreter and compiled for sm_80/sm_89/sm_90/sm_100; not yet run on hardware.
 
 Axes: B batch, L tokens, M rows of a sample (views times heads), D embedding.
 """
@@ -43,6 +44,8 @@ from cosmos_kernels.triton_support import AheadCase
 
 WEIGHT_ROWS = 32  # rows of a program of `_weights_kernel`
 CHANNELS = 256  # channels of a program of `_gradients_kernel`
+# With all rows and more than LONG tokens, `_gradients_kernel` asks for this much on sm_80; it fits with SMALL_ROWS.
+LONG, LARGE_SHARED_BYTES, SMALL_ROWS = 128, 147_456, 32
 
 
 @triton.jit
@@ -253,9 +256,10 @@ def attend_backward(
     Returns:
         attended [B, M, D] once more, grad_queries [B, M, D] and grad_tokens [B, L, D], all in the tokens' dtype.
     """
+    most = _most_rows(tokens_BLD.shape[1], tokens_BLD.device)
     parts = [
         _attend_backward(tokens_BLD, *(x.contiguous() for x in rows))
-        for rows in zip(*(x.detach().split(MAX_ROWS, 1) for x in (queries_BMD, lse_BM, grad_attended_BMD)), strict=True)
+        for rows in zip(*(x.detach().split(most, 1) for x in (queries_BMD, lse_BM, grad_attended_BMD)), strict=True)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -300,6 +304,12 @@ def _attend_backward(
     return attended_BMD, grad_queries_BMD, grad_tokens_BLD
 
 
+def _most_rows(length: int, device: torch.device) -> int:
+    """Rows of one pair of launches: as many as the shared memory of the device allows."""
+    small = length > LONG and triton_support.shared_bytes(device) < LARGE_SHARED_BYTES
+    return SMALL_ROWS if small else MAX_ROWS
+
+
 def _weights_options(length: int, dim: int, row_block: int) -> dict[str, int | float]:
     length_block = block_size(length, MAX_TOKENS)
     return {
@@ -323,12 +333,12 @@ def _gradients_options(length: int, dim: int, rows: int, row_block: int) -> dict
         "BLOCKS": triton.cdiv(rows, row_block),
         "num_warps": 8 if length_block > 64 else 4,
         # 256 tokens: one stage keeps everything in the registers of sm_80 as well.
-        "num_stages": 1 if length_block > 128 else 2,
+        "num_stages": 1 if length_block > LONG else 2,
     }
 
 
-def _ahead(length: int) -> list[AheadCase]:
-    """Both kernels for 64 rows of 512 bf16 channels."""
+def _ahead(length: int, rows: int = MAX_ROWS, archs: tuple[int, ...] = triton_support.ARCHITECTURES) -> list[AheadCase]:
+    """Both kernels for so many rows of 512 bf16 channels."""
     low = {f"{name}_ptr": "*bf16" for name in ("x", "q", "dz", "weights", "dscores")}
     full = {f"{name}_ptr": "*fp32" for name in ("tokens", "sums", "rows", "scales")}
     sizes = dict.fromkeys(("L", "M", "stride_x_b", "stride_x_l"), "i32")
@@ -338,22 +348,23 @@ def _ahead(length: int) -> list[AheadCase]:
         (
             _gradients_kernel,
             {**low, **full, **{f"{name}_ptr": "*bf16" for name in ("z", "dq", "dx")}},
-            _gradients_options(length, 512, MAX_ROWS, WEIGHT_ROWS),
+            _gradients_options(length, 512, rows, WEIGHT_ROWS),
         ),
     ):
         launch = int(options.pop("num_warps")), int(options.pop("num_stages"))
         found.append(
             AheadCase(
-                name=f"{kernel.fn.__name__.strip('_')}/L{length}",
+                name=f"{kernel.fn.__name__.strip('_')}/L{length}" + (f"/M{rows}" if rows < MAX_ROWS else ""),
                 kernel=kernel,
                 signature={**pointers, **sizes},
                 constexprs={"D": 512, "UPCAST": False, **options},
                 divisible_by_16=("M", "stride_x_b", "stride_x_l"),
                 num_warps=launch[0],
                 num_stages=launch[1],
+                archs=archs,
             )
         )
     return found
 
 
-COMPILE_AHEAD = [case for length in (77, 196) for case in _ahead(length)]
+COMPILE_AHEAD = [case for length in (77, 196) for case in _ahead(length)] + _ahead(196, SMALL_ROWS, (89,))

@@ -142,7 +142,7 @@ def _options(length: int, dim: int, rows: int) -> dict[str, int]:
     }
 
 
-def _ahead(length: int) -> AheadCase:
+def _ahead(length: int, archs: tuple[int, ...]) -> AheadCase:
     """64 rows of 512 bf16 channels."""
     options = _options(length, 512, MAX_ROWS)
     return AheadCase(
@@ -157,7 +157,8 @@ def _ahead(length: int) -> AheadCase:
         num_stages=options.pop("num_stages"),
         constexprs={"D": 512, "EPS": LAYER_NORM_EPS, "UPCAST": False, **options},
         divisible_by_16=("M", "stride_x_b", "stride_x_l"),
+        archs=archs,
     )
 
 
-COMPILE_AHEAD = [_ahead(length) for length in (77, 196)]
+COMPILE_AHEAD = [_ahead(77, triton_support.ARCHITECTURES), _ahead(196, (*triton_support.ARCHITECTURES, 89))]

@@ -31,6 +31,8 @@ MIN_CAPABILITY = (8, 0)
 BLACKWELL, BLACKWELL_TRITON = 10, (3, 9)  # major compute capability, and the first Triton known to compile all for it
 INTERPRETER_TRITON, NEW_NUMPY = (3, 7), (2, 4)  # from this Triton on, the interpreter takes this numpy too
 ARCHITECTURES = (80, 90, 100)  # compute capability times ten: A100, H100/H200, B200
+# Dynamic shared memory a block may ask for, in bytes. A10, L4, L40S and RTX 4090 (86, 89) have the least.
+MAX_SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 
 # As Triton reads the variable; it looks when a kernel is decorated, hence at the import of the module that holds it.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
@@ -132,6 +134,16 @@ def why_not_on(*tensors: Tensor) -> str | None:
         if device.type != wanted and not (INTERPRETED and device.type == "cuda"):
             return f"it runs on {wanted} tensors, these are on {device}"
     return None
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """Dynamic shared memory that a block may ask for on this device; as on Hopper in the interpreter."""
+    if device.type != "cuda":
+        return MAX_SHARED_BYTES[90]
+    properties = torch.cuda.get_device_properties(device)
+    known = MAX_SHARED_BYTES.get(10 * properties.major + properties.minor, min(MAX_SHARED_BYTES.values()))
+    return int(getattr(properties, "shared_memory_per_block_optin", known))  # torch 2.6 does not tell
 
 
 def upcast(dtype: torch.dtype) -> bool:

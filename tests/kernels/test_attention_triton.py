@@ -258,6 +258,17 @@ def test_sequences_that_are_too_long_have_a_reason():
     assert attention_parts.why_too_long(256, 256) is None
 
 
+@pytest.mark.parametrize(("shared_bytes", "refused"), [(101_376, True), (166_912, False)])
+def test_long_keys_with_wide_heads_are_refused_where_shared_memory_is_small(shared_bytes, refused, monkeypatch):
+    monkeypatch.setattr(triton_support, "shared_bytes", lambda _: shared_bytes)
+    wide, narrow = (torch.zeros(4, 1, dim, dtype=torch.float16) for dim in (96, 64))
+    reason = attention_parts.why_too_long(197, 197, wide)
+    assert (reason is not None) == refused
+    assert reason is None or reason.startswith("sequences of 197 tokens with heads of 96 channels: on this GPU")
+    assert attention_parts.why_too_long(197, 197, narrow) is None
+    assert attention_parts.why_too_long(128, 128, wide) is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: shapes of a whole batch")
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(

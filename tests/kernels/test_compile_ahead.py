@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from cosmos_kernels.machine_code import _without_arguments
+from cosmos_kernels.triton_support import MAX_SHARED_BYTES
 from tests.kernels import resources
 
 ROW = {
@@ -58,6 +59,21 @@ def test_what_the_table_says_is_what_the_compiler_makes(tmp_path, monkeypatch):
     assert resources.complaints(found, table[part]) == []
     changed = [row for row in found if row.get("inputs") not in {known.get("inputs") for known in table[part]}]
     assert [row for row in found if row not in table[part] and row not in changed] == []
+
+
+def test_what_an_a100_runs_fits_gpus_with_less_shared_memory():
+    """A10, L4, L40S and RTX 4090 take their products' operands from registers as A100 does, with 99 KiB a block."""
+    triton = [row for name, rows in resources.load().items() if name.startswith("triton") for row in rows]
+    too_much = {row["case"] for row in triton if row["arch"] == 80 and row["shared_bytes"] > MAX_SHARED_BYTES[89]}
+    assert too_much == {
+        "gradients_kernel/L196",  # with half the rows there
+        "forward_kernel/197x197/d128/full/share1/32x256",  # refused there
+    }
+    assert {row["case"] for row in triton if row["arch"] == 89} == {
+        "attend_kernel/L196",
+        "weights_kernel/L196/M32",
+        "gradients_kernel/L196/M32",
+    }
 
 
 def test_every_version_of_triton_in_the_table_lists_the_same_kernels():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cosmos_fast.ops import PoolWeights, cross_attention_pool, cross_pool_tiled
-from cosmos_kernels import pool_triton, reference, triton_support
+from cosmos_kernels import pool_backward_triton, pool_triton, reference, triton_support
 from tests.kernels.truth import Outcome, assert_no_worse, outcome
 
 DTYPES = [
@@ -132,6 +133,38 @@ def test_stages_with_any_number_of_rows(rows, dtype, device):
 def _assert_close(found: dict[int, Tensor], eager: dict[int, Tensor], truth: dict[int, Tensor]) -> None:
     named = ({str(i): tensor for i, tensor in side.items()} for side in (found, eager, truth))
     assert_no_worse(*(Outcome({}, side) for side in named))
+
+
+@pytest.mark.parametrize(("length", "rows"), [(196, [32, 32]), (128, [64])])
+def test_a_gpu_with_little_shared_memory_takes_fewer_rows_of_long_samples(length, rows, device, monkeypatch):
+    """What a block of A10, L4 and RTX 4090 has, 99 KiB, does not hold 64 rows beside 256 tokens."""
+    taken: list[int] = []
+    attend_backward = pool_backward_triton._attend_backward
+
+    def counted(tokens: Tensor, queries: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        taken.append(queries.shape[1])
+        return attend_backward(tokens, queries, *others)
+
+    monkeypatch.setattr(pool_backward_triton, "_attend_backward", counted)
+    monkeypatch.setattr(triton_support, "shared_bytes", lambda _: triton_support.MAX_SHARED_BYTES[89])
+    _check(_inputs((1, 8, length, 48, 8), torch.bfloat16, device), 8)
+    assert taken == rows
+
+
+@pytest.mark.parametrize(
+    ("properties", "expected"),
+    [
+        ({"major": 8, "minor": 9, "shared_memory_per_block_optin": 101_376}, 101_376),
+        ({"major": 9, "minor": 9, "shared_memory_per_block_optin": 50_000}, 50_000),
+        ({"major": 8, "minor": 0}, 166_912),
+        ({"major": 8, "minor": 6}, 101_376),
+        ({"major": 12, "minor": 0}, 101_376),
+    ],
+    ids=str,
+)
+def test_shared_memory_is_what_the_device_says_or_the_least_there_is(properties, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
+    assert triton_support.shared_bytes.__wrapped__(torch.device("cuda")) == expected
 
 
 def test_strided_tokens(device):
