@@ -102,7 +102,7 @@ def answer(handler: BaseHTTPRequestHandler, web: Web, folder: Path) -> None:
     if web.take("fail"):
         return say(handler, web.status, {"Retry-After": web.retry_after} if web.retry_after else {})
     if path.startswith("old/"):
-        return say(handler, 302, {"Location": "/" + path.removeprefix("old/")})
+        return say(handler, 302, {"Location": "/" + path.removeprefix("old/").encode().decode("latin-1")})
     file = folder / path
     if not file.is_file():
         return say(handler, 404)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from cosmos_fast.config.checks import (
     require,
@@ -32,8 +33,17 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path.strip()), "data source path is empty: give a directory, a glob or a shard file")
+        require(_is_address(self.path), "data source: its path is no valid address; check the host, and its brackets")
         require_positive(f"source {self.path!r}", self, "weight")
         require_choice(f"source {self.path!r} schema", self.schema, ("auto", "dreamlip", "pixelprose"))
+
+
+def _is_address(path: str) -> bool:
+    """Whether it can be taken apart as a URL, if it is one."""
+    try:
+        return "://" not in path or path.startswith("pipe:") or bool(urlsplit(path))
+    except ValueError:  # of brackets that hold no IPv6 address
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import http.client
 import os
+import re
 import threading
 import urllib.request
 from collections.abc import Iterator
-from urllib.parse import SplitResult, unquote, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 from cosmos_fast.data.transport import CHUNK, ChangedError, Facts, MissingError, StorageError, TransientError, shown
 
@@ -16,6 +17,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 8
 _TRANSIENT = (408, 409, 423, 425, 429)  # and all of 500 and above
 _MAX_RETRY_AFTER_S = 60.0
+_RESERVED = "%/:?#[]@!$&'()*+,;="  # with a meaning in addresses; `%` begins what is encoded already
 _SMALL = 1 << 16  # what is left of an answer is read to keep its connection if it is no more than this
 
 
@@ -81,16 +83,23 @@ class HttpTransport:
     def _get(self, url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         """The answer to GET, with status 200, 206 or 416; redirects are followed."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "cosmos-fast", **headers}
-        where, credentials = url, _credentials(urlsplit(url))
+        where, credentials = url, _credentials(_split(url, url))
         for _ in range(_MAX_REDIRECTS):
-            parts = urlsplit(where)
+            parts = _split(where, url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise StorageError(f"{shown(url)} leads to {shown(where)}, which is not http")
-            answer = self._send(parts, headers | credentials)
+            try:
+                answer = self._send(parts, headers | credentials)
+            except (ValueError, http.client.InvalidURL) as error:  # of a host name or a port
+                raise _wrong(url) from error
             if answer.status in _REDIRECTS:
-                target = urljoin(where, answer.getheader("Location") or "")
+                to = quote(answer.getheader("Location") or "", _RESERVED, "latin-1")  # the bytes that were sent
                 self._finish(answer)
-                if urlsplit(target).hostname != parts.hostname:
+                try:
+                    target = urljoin(where, to)
+                except ValueError as error:
+                    raise _wrong(url) from error
+                if _split(target, url).hostname != parts.hostname:
                     credentials = {}  # a password is for the host it was given for
                 where = target
                 continue
@@ -101,14 +110,17 @@ class HttpTransport:
         raise StorageError(f"{shown(url)}: more than {_MAX_REDIRECTS} redirects")
 
     def _send(self, parts: SplitResult, headers: dict[str, str]) -> http.client.HTTPResponse:
-        target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        path, query = _encoded(parts.path or "/"), _encoded(parts.query)
+        target = urlunsplit(("", "", path, query, ""))
         if parts.scheme == "http" and _proxy(parts):
-            target = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path or "/", parts.query, ""))
+            target = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, query, ""))
         while True:
             connection, is_kept = self._connection(parts)
             try:
                 connection.request("GET", target, headers=headers)
                 answer = connection.getresponse()
+            except http.client.InvalidURL:
+                raise
             except (OSError, http.client.HTTPException) as error:
                 self._drop(parts)
                 if is_kept and not isinstance(error, TimeoutError):
@@ -153,6 +165,23 @@ class HttpTransport:
         connection = self._mine.kept.pop(_key(parts), None)
         if connection is not None:
             connection.close()
+
+
+def _split(address: str, url: str) -> SplitResult:
+    """The parts of an address that `url` leads to."""
+    try:
+        return urlsplit(address)
+    except ValueError as error:
+        raise _wrong(url) from error
+
+
+def _wrong(url: str) -> StorageError:
+    return StorageError(f"{shown(url)} is, or leads to, no valid address; check its host and its port")
+
+
+def _encoded(part: str) -> str:
+    """A path or a query as it may be sent: what is percent-encoded already stays as it is."""
+    return quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", part), safe=_RESERVED)
 
 
 def _key(parts: SplitResult) -> tuple[str, str]:

@@ -158,7 +158,12 @@ def shown(url: str) -> str:
         return url if len(url) <= 80 else url[:77] + "..."
     if "://" not in url:
         return url
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that hold no IPv6 address
+        scheme, _, rest = url.partition("://")
+        host, slash, path = rest.partition("?")[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
     query = "..." if parts.query and parts.scheme in ("http", "https") else ""
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
