@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -77,6 +78,8 @@ def _no_room(error: OSError) -> str:
 
 def run(entry: click.Command, arguments: Sequence[str] | None = None, name: str = "cosmos-fast") -> int:
     """Run a command; returns the exit status. COSMOS_DEBUG=1 adds the traceback of a user's mistake."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     try:
         status = entry.main(args=arguments, prog_name=name, standalone_mode=False)
         sys.stdout.flush()

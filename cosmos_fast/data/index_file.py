@@ -69,7 +69,8 @@ class IndexTables:
 def places(shards: Sequence[Shard]) -> list[Path]:
     """Where the index of these shards may lie: beside them, else in the user's cache."""
     names = "\n".join(storage.addresses(shards))
-    name = f"{hashlib.sha256(names.encode()).hexdigest()[:24]}.idx"
+    digest = hashlib.sha256(names.encode(errors="surrogateescape"))  # a name may hold bytes that are no UTF-8
+    name = f"{digest.hexdigest()[:24]}.idx"
     cache = Path(os.environ.get("COSMOS_CACHE_DIR") or Path.home() / ".cache" / "cosmos-fast")
     beside = storage.folder(shards[0])
     return [*([beside / FOLDER / name] if beside else []), cache / "index" / name]

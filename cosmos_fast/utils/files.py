@@ -52,9 +52,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace `path` with `content`, text as UTF-8; a crash leaves the old file or the new one."""
+    """Replace `path` with `content`; a crash leaves the old file or the new one.
+
+    Text is written as UTF-8. A byte of a file name that is none stands as in a string of JSON or YAML, `\\udcff`.
+    """
     with replacing(path) as out:
-        out.write(content.encode() if isinstance(content, str) else content)
+        out.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def sha256_of(path: Path) -> str:

@@ -53,7 +53,7 @@ def log_step(step: int | None) -> None:
 
 def log_to_file(path: Path) -> logging.Handler:
     """Append the package's messages to `path`, with times; close with stop_logging_to()."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_FileFormatter())
     logger = logging.getLogger(_ROOT)
     if logger.level == logging.NOTSET:  # a trainer used as a library, without setup_logging()

@@ -37,6 +37,13 @@ def test_second_opening_reads_the_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert [again.key(i) for i in range(5)] == [first.key(i) for i in range(5)]
 
 
+def test_the_file_of_ordinary_paths_keeps_its_name() -> None:
+    """Or every cache would be built again."""
+    shards = [Path("/nowhere/ü/00000.tar"), Path("/nowhere/ü/00001.tar")]
+    beside, _ = index_file.places(shards)
+    assert beside == Path("/nowhere/ü/.cosmos_index/fc4ad8ece0b7df557a32ff88.idx")
+
+
 def test_faults_survive_the_cache(tmp_path: Path) -> None:
     shard = write_shards(tmp_path, (4,)) / "00000.tar"
     os.truncate(shard, shard.stat().st_size - 11_000)

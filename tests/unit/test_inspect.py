@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -20,6 +23,7 @@ from cosmos_fast.data.histogram import histogram
 from cosmos_fast.data.synthetic.scene import SceneSettings
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
 from cosmos_fast.data.tokenizer import tokenize
+from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
 from tests.shards import picture, record, sample, write_tar
 
 DEFAULTS = TrainConfig(name="defaults")
@@ -135,6 +139,26 @@ def test_bad_samples_are_counted_by_cause_and_named(tmp_path: Path, capsys: pyte
         assert f"    {cause}: 1\n      00000.tar:00000{key}" in text
     assert "members jpg json: 4 (80.0 %)" in text
     assert "members json: 1 (20.0 %)" in text
+
+
+def test_a_path_with_bytes_that_are_no_text(tmp_path: Path) -> None:
+    """In the index, the page, what is printed where that has to be UTF-8, and the log of a run."""
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    write_tar(folder / "00000.tar", sample(0))
+    done = subprocess.run(
+        [sys.executable, "-m", "cosmos_fast.cli.main", "data", "inspect", folder],
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "/\\udcff/inspect.png" in done.stdout
+    assert "/\\udcff" in (folder / "inspect.html").read_text(encoding="utf-8")
+    handler = log_to_file(tmp_path / "log.txt")
+    get_logger("cosmos_fast").info("saved %s", folder)
+    stop_logging_to(handler)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("/\\udcff\n")
 
 
 def test_default_results_lie_beside_the_shards(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
