@@ -11,7 +11,16 @@ import urllib.request
 from collections.abc import Iterator
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
-from cosmos_fast.data.transport import CHUNK, ChangedError, Facts, MissingError, StorageError, TransientError, shown
+from cosmos_fast.data.transport import (
+    CHUNK,
+    ChangedError,
+    DeniedError,
+    Facts,
+    MissingError,
+    StorageError,
+    TransientError,
+    shown,
+)
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 8
@@ -225,8 +234,8 @@ def _failure(answer: http.client.HTTPResponse, url: str) -> Exception:
             f"the server answers {status}", min(float(after), _MAX_RETRY_AFTER_S) if after.isdigit() else 0.0
         )
     if answer.status in (401, 403, 407):
-        return StorageError(f"{shown(url)}: access denied ({status}); check the address and its credentials")
-    return StorageError(f"{shown(url)}: the server answers {status}")
+        return DeniedError(f"{shown(url)}: access denied ({status}); check the address and its credentials")
+    return DeniedError(f"{shown(url)}: the server answers {status}")
 
 
 def _words(error: BaseException) -> str:

@@ -19,12 +19,16 @@ class StorageError(Exception):
     """A remote read that failed for good. The message is one line and holds no secrets of the URL."""
 
 
-class MissingError(StorageError):
-    """There is nothing at this address."""
-
-
 class UnreachableError(StorageError):
-    """Tried again and again in vain."""
+    """No fault of what is in the shard: tried again and again in vain, or one of the kinds below."""
+
+
+class MissingError(UnreachableError):
+    """There is nothing at this address, or nothing any more."""
+
+
+class DeniedError(UnreachableError):
+    """The storage refuses to answer, or does so by now: credentials that are wrong or have expired."""
 
 
 class ChangedError(StorageError):
@@ -113,10 +117,10 @@ class FsspecTransport:
         except FileNotFoundError as error:
             raise MissingError(f"{shown(url)} is missing") from error
         except PermissionError as error:
-            raise StorageError(f"{shown(url)}: access denied; check the credentials") from error
+            raise DeniedError(f"{shown(url)}: access denied; check the credentials") from error
         except Exception as error:  # back ends raise what their libraries raise
             if "Credential" in type(error).__name__:
-                raise StorageError(f"{shown(url)}: {_line(error)}") from error
+                raise DeniedError(f"{shown(url)}: {_line(error)}") from error
             raise TransientError(f"{type(error).__name__}: {_line(error)}") from error
 
 

@@ -8,8 +8,10 @@ from urllib.parse import quote
 
 import pytest
 
-from cosmos_fast.data import storage
+from cosmos_fast.data import faults, storage
+from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.utils.errors import UserError
+from tests.hand_clock import HandClock
 from tests.remote import check, opened
 from tests.shards import write_shards
 from tests.web import Web, serve
@@ -42,8 +44,27 @@ def test_an_address_is_encoded_where_it_is_not_yet(web: Web, tmp_path: Path, nam
     "host", ["127.0.0.1:abc", "127.0.0.1:99999", "127.0.0.1:-1", "[::1", "[::x]", "a..b", "a b", "x\u2100"]
 )
 def test_a_host_that_is_none_is_one_line_at_once(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda _: pytest.fail("it is tried again"))
+    clock = HandClock(monkeypatch, storage)
+    start_s = clock()
     with pytest.raises(UserError, match="no valid address") as error:
         opened(f"http://user:s3cret@{host}/00000.tar?key=s3cret")
+    assert clock() == start_s
     assert "\n" not in str(error.value)
     assert "s3cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(401, "access denied"), (403, "access denied"), (404, "is missing"), (400, "answers 400")]
+)
+def test_a_refusal_in_the_middle_is_no_fault_of_the_samples(
+    web: Web, status: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = opened(web.url + "/00000.tar", cache_gib=0)
+    found.read(0)
+    web.fail, web.status = 10_000, status
+    clock = HandClock(monkeypatch, storage)
+    start_s = clock()
+    with pytest.raises(SampleFault, match=words) as fault:
+        found.read(1)
+    assert clock() == start_s
+    assert fault.value.cause == faults.UNREACHABLE_SHARD

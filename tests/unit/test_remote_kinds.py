@@ -9,7 +9,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cosmos_fast.data import storage
+from cosmos_fast.data import faults, storage
+from cosmos_fast.data.faults import SampleFault
 from cosmos_fast.data.sources import find_shards
 from cosmos_fast.data.storage import RemoteShard
 from cosmos_fast.utils.errors import UserError
@@ -45,6 +46,25 @@ def test_whatever_fsspec_reads(tmp_path: Path, like_s3fs: bool, monkeypatch: pyt
             opened("memory://bucket/{00000..00002}.tar")
         with pytest.raises(UserError, match=r"no \.tar"):
             opened("memory://bucket/none/")
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("error", [PermissionError("expired"), FileNotFoundError("gone")])
+def test_what_fsspec_is_refused_in_the_middle_is_no_fault_of_the_samples(
+    tmp_path: Path, error: OSError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> bytes:
+        raise error
+
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/bucket/00000.tar", (write_shards(tmp_path, (5,)) / "00000.tar").read_bytes())
+    try:
+        found = opened("memory://bucket/00000.tar", cache_gib=0)
+        monkeypatch.setattr(MemoryFileSystem, "cat_file", refuse)
+        with pytest.raises(SampleFault) as fault:
+            found.read(0)
+        assert fault.value.cause == faults.UNREACHABLE_SHARD
     finally:
         store.rm("/bucket", recursive=True)
 

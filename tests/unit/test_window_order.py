@@ -242,13 +242,14 @@ def test_another_order_is_other_data(tmp_path: Path) -> None:
     assert loader_of(folder, order="global").identity == names[0]
 
 
-def test_an_outage_in_the_middle_ends_the_run_in_one_line(web: Web) -> None:
+@pytest.mark.parametrize("status", [503, 403])
+def test_an_outage_in_the_middle_ends_the_run_in_one_line(web: Web, status: int) -> None:
     quick = RemoteConfig(piece_mib=4 / 1024, retry_s=0.2)
     loader = loader_of(web.url + "/{00000..00002}.tar", remote=quick, window_pieces=1)
     stream = iter(loader)
     next(stream)
-    web.fail = 10_000
-    with pytest.raises(UserError, match=r"out of reach.*503.*resume") as error:
+    web.fail, web.status = 10_000, status
+    with pytest.raises(UserError, match=rf"out of reach.*{status}.*resume") as error:
         list(islice(stream, 1000))
     assert "\n" not in str(error.value)
     loader.close()
