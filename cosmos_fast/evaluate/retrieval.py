@@ -5,7 +5,8 @@ Axis legend: N images, M captions, D embed. Every caption belongs to one image; 
 Protocol: features are L2-normalised, the score is their cosine. Image -> text counts the best placed of an image's own
 captions; text -> image looks for the one image of a caption. Ranks start at 1. **Ties count against the model**: an
 item of another owner with exactly the same score is placed ahead, so features that collapse to a point score 0, not
-100. For the same reason the comparisons below count what is `not (score < own)`: NaN features come last.
+100. For the same reason the comparisons below count what is `not (score < own)`: NaN features come last. Items with the
+same features have the same score, to the last bit, wherever they stand.
 """
 
 from __future__ import annotations
@@ -75,9 +76,36 @@ def score_blocks(query_ND: Tensor, other_MD: Tensor, step: int) -> Iterator[tupl
     One piece of memory serves all blocks: pieces taken anew leave gaps, which made a peak of 100 MiB one of 350.
     """
     room_BM = query_ND.new_empty(min(step, len(query_ND)), len(other_MD))
+    again_K, first_K = equal_rows(other_MD.detach())
     for start in range(0, len(query_ND), step):
         queries_BD = query_ND[start : start + step].detach()
-        yield start, torch.mm(queries_BD, other_MD.detach().T, out=room_BM[: len(queries_BD)])
+        scores_BM = torch.mm(queries_BD, other_MD.detach().T, out=room_BM[: len(queries_BD)])
+        if len(again_K):
+            # Where a column of a product stands may decide its last bits; taken from one, equal ones tie.
+            scores_BM.index_copy_(1, again_K, scores_BM.index_select(1, first_K))
+        yield start, scores_BM
+
+
+def equal_rows(rows_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the rows that an earlier one equals bit by bit, and of the first such: int64 [K] each."""
+    # Doubles as two numbers each: what ends in many zero bits leaves few to the digest.
+    bits_MD = rows_MD.contiguous().view(torch.int16 if rows_MD.element_size() == 2 else torch.int32)
+    count, dim = bits_MD.shape
+    step = max(1, BLOCK_ELEMENTS // (16 * dim))  # rows at a time, so that little memory is taken
+    # Sums of whole numbers, which wrap around, do not depend on an order as those of floats do.
+    generator = torch.Generator().manual_seed(0)
+    weight_D = torch.randint(-(2**63), 2**63 - 1, (dim,), generator=generator).to(rows_MD.device)
+    digest_M, room_BD = weight_D.new_empty(count), weight_D.new_empty(min(step, count), dim)
+    for part_BD, digest_B in zip(bits_MD.split(step), digest_M.split(step), strict=True):
+        torch.sum(torch.mul(part_BD, weight_D, out=room_BD[: len(part_BD)]), dim=1, out=digest_B)
+    digest_G, group_M = digest_M.unique(return_inverse=True)
+    number_M = torch.arange(count, device=rows_MD.device)
+    first_G = torch.full_like(digest_G, count).scatter_reduce_(0, group_M, number_M, "amin")
+    again_K = (first_G[group_M] < number_M).nonzero()[:, 0]
+    first_K = first_G[group_M[again_K]]
+    pairs = zip(again_K.split(step), first_K.split(step), strict=True)
+    same_K = torch.cat([(bits_MD[again_B] == bits_MD[first_B]).all(dim=1) for again_B, first_B in pairs])
+    return again_K[same_K], first_K[same_K]
 
 
 def ranks_of_targets(scores_BC: Tensor, target_B: Tensor) -> Tensor:

@@ -58,13 +58,15 @@ class RetrievalValidator:
         self.blocks = scenes.blocks
         of_scenes = [texts for block in division.join(captions) for texts in block]
         scenes.check_usable(len(of_scenes))
-        texts = [(text, i) for i, one in enumerate(of_scenes) for text in one]
-        # Captions of similar length stand together, so that packed text towers do no work on padding.
-        texts.sort(key=lambda pair: len(pair[0]))
-        self.owner_M = torch.tensor([owner for _, owner in texts])
+        # Equal captions are encoded once, so that they tie. Those of similar length stand together: packed text towers
+        # do no work on padding then.
+        texts = sorted(dict.fromkeys(text for one in of_scenes for text in one), key=len)
+        row = {text: number for number, text in enumerate(texts)}
+        self.row_M = torch.tensor([row[text] for one in of_scenes for text in one])
+        self.owner_M = torch.tensor([owner for owner, one in enumerate(of_scenes) for _ in one])
         self.text_blocks = -(-len(texts) // batch_size)
         self.tokens = [
-            tokenize([text for text, _ in texts[k * batch_size : (k + 1) * batch_size]], self._length(config))
+            tokenize(texts[k * batch_size : (k + 1) * batch_size], self._length(config))
             for k in division.own(self.text_blocks)
         ]
         self.chance = retrieval_chance(torch.bincount(self.owner_M).tolist())
@@ -94,5 +96,6 @@ class RetrievalValidator:
                 for part in self.pixels
             ]
             text = [encode.encode_text(part.to(device)).float() for part in self.tokens]
-        image_ND, text_MD = self.division.cat(image), self.division.cat(text)
+        image_ND, text_SD = self.division.cat(image), self.division.cat(text)
+        text_MD = text_SD[self.row_M.to(text_SD.device)]
         return retrieval_metrics(image_ND, text_MD, self.owner_M.to(image_ND.device))

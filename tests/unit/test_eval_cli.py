@@ -15,12 +15,14 @@ from cosmos_fast.cli.eval import command
 from cosmos_fast.cli.main import run as run_command
 from cosmos_fast.config import SourceConfig, TrainConfig, dump_config, load_config
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
+from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.scenes import SceneSet
 from cosmos_fast.evaluate.tasks import evaluate
-from cosmos_fast.evaluate.validators import build_validators
+from cosmos_fast.evaluate.validators import RetrievalValidator, build_validators
 from cosmos_fast.model.checkpoints import load_checkpoint
 from cosmos_fast.model.cosmos import create_model
 from cosmos_fast.recipes import get_recipe
+from tests.shards import sample, write_tar
 from tests.web import serve
 
 TINY = (
@@ -215,3 +217,14 @@ def test_validator_reports_what_retrieval_measures_for_both_models(place: Path) 
         assert row[f"{name}_t2i_median_rank"] == pytest.approx(expected["t2i_median_rank"])
     assert row["chance_i2t_r1"] == pytest.approx(100 / 12)
     assert build_validators(load_config(config, ["evaluate.data=null"])) == []
+
+
+def test_equal_captions_are_encoded_once_in_a_training(tmp_path: Path) -> None:
+    members = [sample(number % 3, key=str(number)) for number in range(8)]
+    shard = write_tar(tmp_path / "0.tar", {name: data for one in members for name, data in one.items()})
+    config = load_config(tiny_config("demo", tmp_path), [f"evaluate.data={shard}", "evaluate.batch_size=2"])
+    validator = RetrievalValidator(config)
+    captions = [f"raw {number % 3}" for number in range(8)]
+    assert sum(map(len, validator.tokens)) == 3
+    rows = torch.cat(validator.tokens)[validator.row_M]
+    assert torch.equal(rows, tokenize(captions, config.model.text.context_length))

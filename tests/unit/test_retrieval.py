@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,6 +84,31 @@ def test_collapsed_or_nan_features_score_nothing(value: float) -> None:
     metrics = retrieval.retrieval_metrics(image, text, torch.arange(20))
     assert metrics["i2t_r10"] == metrics["t2i_r10"] == 0.0
     assert metrics["i2t_mean_rank"] == 20
+
+
+@pytest.mark.parametrize("dim", [16, 32, 64, 512])
+def test_equal_features_tie_wherever_their_columns_stand(dim: int) -> None:
+    for images in (2, 3, 5, 7, 11, 50, 101):
+        generator = torch.Generator().manual_seed(images)
+        features = functional.normalize(torch.randn(images, dim, generator=generator), dim=1)
+        features[-1] = features[0]
+        owner = torch.arange(images)  # every caption is its image, and one image is there twice
+        for ranks in (retrieval.image_to_text_ranks, retrieval.text_to_image_ranks):
+            assert ranks(features, features.clone(), owner).tolist() == [2, *[1] * (images - 2), 2]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_equal_rows_are_those_of_equal_bits(monkeypatch: pytest.MonkeyPatch, block: int, kind: torch.dtype) -> None:
+    monkeypatch.setattr(retrieval, "BLOCK_ELEMENTS", block)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-1, 2, (60, 3), generator=generator).to(kind)
+    rows[20] = rows[50] = math.nan
+    listed = [str(row) for row in rows.tolist()]  # where NaN is as NaN
+    expected = [(n, listed.index(row)) for n, row in enumerate(listed) if listed.index(row) < n]
+    again, first = retrieval.equal_rows(rows)
+    assert list(zip(again.tolist(), first.tolist(), strict=True)) == expected
+    assert [len(found) for found in retrieval.equal_rows(torch.eye(4, dtype=kind))] == [0, 0]
 
 
 def test_memory_stays_bounded_however_large_the_gallery(monkeypatch: pytest.MonkeyPatch) -> None:
