@@ -53,9 +53,11 @@ def _difference(wanted: ModelConfig, given: ModelConfig) -> str | None:
         ("model.vision", wanted.vision, given.vision),
         ("model.text", wanted.text, given.text),
     ]
+    passed = {"vision", "text", "crossmodal"}
+    if not (wanted.crossmodal and given.crossmodal):  # the heads are not taken
+        passed.add("pool_heads")
     for where, one, other in pairs:
         for name, value in vars(one).items():
-            alike = name in ("vision", "text", "crossmodal") or (name == "pool_heads" and not given.crossmodal)
-            if not alike and value != getattr(other, name):
+            if name not in passed and value != getattr(other, name):
                 return f"its {where}.{name} is {getattr(other, name)}, here it is {value}"
     return None

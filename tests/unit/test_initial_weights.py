@@ -67,8 +67,10 @@ def test_plain_clip_leaves_the_heads_as_the_seed_made_them(tmp_path, caplog):
         assert differing(model, fresh).isdisjoint(heads)
 
 
-def test_heads_are_left_out_where_plain_clip_is_trained(tmp_path):
-    given = write(tmp_path / "cosmos.safetensors", COSMOS)
+@pytest.mark.parametrize("pool_heads", [2, 4])
+def test_heads_are_left_out_where_plain_clip_is_trained(tmp_path, pool_heads):
+    """However many attention heads they have."""
+    given = write(tmp_path / "cosmos.safetensors", ModelConfig(**{**vars(COSMOS), "pool_heads": pool_heads}))
     path = f"init.path={tmp_path}/cosmos.safetensors"
     trainer = make_trainer(tiny_config(tmp_path, path, recipe="demo_clip"))
     assert not trainer.config.model.crossmodal
