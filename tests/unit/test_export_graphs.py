@@ -77,12 +77,26 @@ def test_transformers_prepares_texts_and_images_alike(tmp_path, padding):
         features = clip.get_text_features(input_ids=torch.tensor(found))
         features = getattr(features, "pooler_output", features)
         close(torch.nn.functional.normalize(features, dim=-1), model.encode_text(ids))
+    theirs, ours = prepared_images(out, 140)  # 44 pixels wide before it is cut to 32
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0.02)
+
+
+def test_transformers_cuts_beside_ours_where_the_margin_is_3_modulo_4(tmp_path):
+    """Half of it, 1.5 pixels, is rounded to 2 by us, as torchvision does, and to 1 by them."""
+    imported("transformers")
+    theirs, ours = prepared_images(exported(tmp_path, "hf", WORDS), 110)  # 35 pixels wide before it is cut to 32
+    assert (theirs - ours).abs().max() > 0.1
+    torch.testing.assert_close(theirs[..., 1:], ours[..., :-1], rtol=0, atol=0.02)
+
+
+def prepared_images(out: Path, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise of 100 pixels' height, prepared by the exported settings and by us."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    Image.fromarray(pixels).resize((140, 100)).save(tmp_path / "noise.png")
+    file = out.parent / "noise.png"
+    Image.fromarray(pixels).resize((width, 100)).save(file)
     prepare = pytest.importorskip("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
-    theirs = prepare.from_pretrained(out)(Image.open(tmp_path / "noise.png"), return_tensors="pt")["pixel_values"]
-    ours = eval_transform((tmp_path / "noise.png").read_bytes(), 32)
-    torch.testing.assert_close(theirs[0], ours, rtol=0, atol=0.02)
+    theirs = prepare.from_pretrained(out)(Image.open(file), return_tensors="pt")["pixel_values"]
+    return theirs[0], eval_transform(file.read_bytes(), 32)
 
 
 @pytest.mark.parametrize("config", [pytest.param(CONFIG, marks=pytest.mark.long), OTHER], ids=["usual", "other"])
