@@ -190,10 +190,11 @@ def load_unchecked(folder: Path) -> Snapshot:
         raise UserError(f"checkpoint {folder} cannot be read: {error}") from error
 
 
-def newest_valid(root: Path) -> Path | None:
+def newest_valid(root: Path, otherwise: str = "") -> Path | None:
     """The newest undamaged checkpoint; the damaged ones passed over are named in the log.
 
-    None when there is no checkpoint at all; UserError when there are only damaged ones.
+    None when there is no checkpoint at all; UserError when there are only damaged ones, which advises to restore one,
+    and what `otherwise` says.
     """
     checkpoints = list_checkpoints(root)
     for folder in reversed(checkpoints):
@@ -202,7 +203,7 @@ def newest_valid(root: Path) -> Path | None:
             return folder
         _log.warning("checkpoint %s is unusable (%s): trying the one before it", folder, problem)
     if checkpoints:
-        raise UserError(f"every checkpoint in {root} is damaged: restore one, or start anew with --overwrite")
+        raise UserError(f"every checkpoint in {root} is damaged: restore one{otherwise}")
     return None
 
 

@@ -160,7 +160,7 @@ def _check_same_run(folder: Path, config_file: str) -> None:
 def _find_checkpoint(folder: Path, resume: str) -> Path | None:
     """A checkpoint of which every byte has been checked."""
     if resume == "auto":
-        return checkpoint.newest_valid(folder / "checkpoints")
+        return checkpoint.newest_valid(folder / "checkpoints", otherwise=", or start anew with --overwrite")
     path = Path(resume)
     if not path.is_dir():
         raise UserError(f"checkpoint {path} does not exist: give a checkpoint folder, a run folder, or plain --resume")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cosmos_fast import create_model, load_checkpoint
 from cosmos_fast.cli.main import command
 from cosmos_fast.cli.main import run as run_command
 from cosmos_fast.engine.checkpoint import list_checkpoints
+from cosmos_fast.engine.run_folder import plan_run
 from cosmos_fast.exchange import export as exporting
 from cosmos_fast.model.checkpoints import WeightsOf
 from cosmos_fast.model.cosmos import CosmosModel
@@ -245,6 +247,18 @@ def test_damage_is_found_before_anything_is_written(run, tmp_path, capsys, caplo
         assert_same(load_checkpoint(out), expected)
     finally:
         file.write_bytes(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(run, tmp_path, capsys):
+    """To start anew is advice for `train` alone."""
+    config = tiny_config(tmp_path, *MODEL)
+    shutil.copytree(run, tmp_path / config.name)
+    for folder in list_checkpoints(tmp_path / config.name / "checkpoints"):
+        (folder / "manifest.json").unlink()
+    arguments = ("--checkpoint", tmp_path / config.name, "--to", "original", "--out", tmp_path / "out.pt")
+    assert refused(capsys, *arguments).endswith("is damaged: restore one\n")
+    with pytest.raises(UserError, match=r"restore one, or start anew with --overwrite$"):
+        plan_run(config, "auto")
 
 
 @pytest.mark.parametrize(("to", "ending"), [("original", ".pt"), ("safetensors", ".safetensors"), ("torch_export", "")])
