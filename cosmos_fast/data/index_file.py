@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 FOLDER = ".cosmos_index"
-DAMAGED = (ValueError, KeyError, TypeError)  # what reading a damaged file leads to
+DAMAGED = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what reading a damaged file leads to
 _MAGIC = b"COSMOSIX"
 _ALIGN = 64
 _DTYPES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import time
@@ -85,7 +86,7 @@ def test_a_shard_that_changes_while_it_is_indexed_is_scanned_again(tmp_path: Pat
     assert (len(found), found.faults) == (5, [])
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbage", "old version", "out of range", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "old version", "out of range", "pickle", "deep", "endless"])
 def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = opened(write_shards(tmp_path, (3,))).cache
     assert cache is not None
@@ -101,11 +102,19 @@ def test_damaged_cache_is_built_again(tmp_path: Path, damage: str, monkeypatch: 
         columns.member_start[-1] = 1000
         shards = [tmp_path / "00000.tar"]
         index_file.save(shards, index_file.stamp(shards), columns)
-    else:
+    elif damage == "pickle":
         cache.write_bytes(pickle.dumps(print))
+    else:
+        head = b"[" * 100_000 if damage == "deep" else _endless_head(good)
+        cache.write_bytes(good[:8] + len(head).to_bytes(8, "little") + head + good)
     found = opened(tmp_path)
     assert [found.read(i) for i in range(3)] == [{"jpg": picture(i), "json": record(i)} for i in range(3)]
     assert cache.read_bytes() == good
+
+
+def _endless_head(good: bytes) -> bytes:
+    head = json.loads(good[16 : 16 + int.from_bytes(good[8:16], "little")])
+    return json.dumps({**head, "lengths": dict.fromkeys(head["lengths"], float("inf"))}).encode()
 
 
 def test_cache_goes_elsewhere_where_the_folder_is_not_writable(tmp_path: Path, cache_folder: Path) -> None:
