@@ -23,8 +23,8 @@ class SourceConfig:
     """One set of webdataset tar shards.
 
     path: a directory, a glob, a brace pattern (`{00000..00575}.tar`), or one file. weight: how often its samples are
-    seen in an epoch; 1 for all sources is a plain concatenation. schema: layout of the json member, guessed from the
-    first records with "auto".
+    seen in an epoch; 1 for all sources is a plain concatenation. schema: layout of the json member, guessed for each
+    record by its fields with "auto".
     """
 
     path: str
