@@ -20,7 +20,8 @@ class Web:
 
     ranged: whether Range is honoured. fail: answers that are still to fail, with `status`. cut: answers still to break
     off after half of their bytes. hold(): no answers while its block runs. delay_s: before each answer. etag: whether
-    versions are told. password: what Authorization must hold. requests, sent_bytes, busy: what was asked and sent, and
+    versions are told. password: what Authorization must hold. proxy_password: what
+    Proxy-Authorization must hold. requests, sent_bytes, busy: what was asked and sent, and
     how many are being answered.
     Paths in `old/` lead to those without.
     """
@@ -34,6 +35,7 @@ class Web:
     delay_s: float = 0.0
     etag: bool = True
     password: str = ""
+    proxy_password: str = ""
     requests: list[tuple[str, str]] = field(default_factory=list)
     sent_bytes: int = 0
     busy: int = 0
@@ -74,6 +76,11 @@ def serve(folder: Path) -> Iterator[Web]:
             with web.lock:
                 web.busy -= 1
 
+        def do_CONNECT(self) -> None:
+            """As a proxy of https does that lets nobody through."""
+            is_welcome = self.headers.get("Proxy-Authorization") == web.proxy_password
+            say(self, 502 if is_welcome else 407)
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -99,6 +106,8 @@ def answer(handler: BaseHTTPRequestHandler, web: Web, folder: Path) -> None:
     time.sleep(web.delay_s)
     if web.password and handler.headers.get("Authorization") != web.password:
         return say(handler, 401)
+    if web.proxy_password and handler.headers.get("Proxy-Authorization") != web.proxy_password:
+        return say(handler, 407)
     if web.take("fail"):
         return say(handler, web.status, {"Retry-After": web.retry_after} if web.retry_after else {})
     if path.startswith("old/"):

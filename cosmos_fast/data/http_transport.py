@@ -27,6 +27,7 @@ _MAX_REDIRECTS = 8
 _TRANSIENT = (408, 409, 423, 425, 429)  # and all of 500 and above
 _MAX_RETRY_AFTER_S = 60.0
 _RESERVED = "%/:?#[]@!$&'()*+,;="  # with a meaning in addresses; `%` begins what is encoded already
+_TUNNEL_DENIED = "Tunnel connection failed: 407"  # as http.client words it
 _SMALL = 1 << 16  # what is left of an answer is read to keep its connection if it is no more than this
 
 
@@ -121,8 +122,9 @@ class HttpTransport:
     def _send(self, parts: SplitResult, headers: dict[str, str]) -> http.client.HTTPResponse:
         path, query = _encoded(parts.path or "/"), _encoded(parts.query)
         target = urlunsplit(("", "", path, query, ""))
-        if parts.scheme == "http" and _proxy(parts):
+        if parts.scheme == "http" and (proxy := _proxy(parts)):
             target = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, query, ""))
+            headers = headers | _credentials(proxy, "Proxy-Authorization")
         while True:
             connection, is_kept = self._connection(parts)
             try:
@@ -134,6 +136,8 @@ class HttpTransport:
                 self._drop(parts)
                 if is_kept and not isinstance(error, TimeoutError):
                     continue  # the server has closed a connection that stood idle; a fresh one tells
+                if _TUNNEL_DENIED in str(error):
+                    raise DeniedError(f"{parts.hostname}: {_words(error)}; check the proxy's credentials") from error
                 raise TransientError(f"{parts.hostname}: {_words(error)}") from error
             answer.cosmos_parts = parts  # type: ignore[attr-defined]
             return answer
@@ -154,7 +158,7 @@ class HttpTransport:
             made = http.client.HTTPConnection(proxy.hostname, proxy.port or 80, timeout=self._timeout_s)
         else:
             made = kind(proxy.hostname, proxy.port or 80, timeout=self._timeout_s)
-            made.set_tunnel(parts.hostname, parts.port or 443)
+            made.set_tunnel(parts.hostname, parts.port or 443, _credentials(proxy, "Proxy-Authorization"))
         self._mine.kept[key] = made
         return made, False
 
@@ -205,11 +209,11 @@ def _proxy(parts: SplitResult) -> SplitResult | None:
     return urlsplit(address if "://" in address else f"http://{address}")
 
 
-def _credentials(parts: SplitResult) -> dict[str, str]:
+def _credentials(parts: SplitResult, header: str = "Authorization") -> dict[str, str]:
     if parts.username is None:
         return {}
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return {"Authorization": "Basic " + base64.b64encode(pair.encode()).decode()}
+    return {header: "Basic " + base64.b64encode(pair.encode()).decode()}
 
 
 def _tag(answer: http.client.HTTPResponse) -> str:
@@ -230,9 +234,10 @@ def _failure(answer: http.client.HTTPResponse, url: str) -> Exception:
         return MissingError(f"{shown(url)} is missing ({status})")
     if answer.status in _TRANSIENT or answer.status >= 500:
         after = answer.getheader("Retry-After") or ""
-        return TransientError(
-            f"the server answers {status}", min(float(after), _MAX_RETRY_AFTER_S) if after.isdigit() else 0.0
-        )
+        if not re.fullmatch(r"[0-9]{1,9}", after):  # none, or a date
+            return TransientError(f"the server answers {status}")
+        message = f"the server answers {status} and asks to wait {int(after)} s"
+        return TransientError(message, min(float(after), _MAX_RETRY_AFTER_S))
     if answer.status in (401, 403, 407):
         return DeniedError(f"{shown(url)}: access denied ({status}); check the address and its credentials")
     return DeniedError(f"{shown(url)}: the server answers {status}")

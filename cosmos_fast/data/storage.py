@@ -217,17 +217,22 @@ class Storage:
     ) -> Answer:
         """Try until it works, with growing pauses, as long as `patience_s` seconds pass without progress."""
         wait, reached = _FIRST_WAIT_S, progress()
-        deadline = time.monotonic() + (0 if self._is_down else patience_s)
+        since = time.monotonic()  # the start, or the last progress
+        deadline = since + (0 if self._is_down else patience_s)
         while True:
             try:
                 answer = attempt()
             except TransientError as error:
                 if progress() > reached:
-                    wait, reached, deadline = _FIRST_WAIT_S, progress(), time.monotonic() + patience_s
+                    wait, reached, since = _FIRST_WAIT_S, progress(), time.monotonic()
+                    deadline = since + patience_s
                 pause = max(wait * random.uniform(0.5, 1.0), error.retry_after)
                 if time.monotonic() + pause > deadline:
+                    message = f"{name}: {error}; tried for {time.monotonic() - since:.0f} s"
+                    if pause > patience_s:
+                        message += f", and no more than {patience_s:g} s are waited"
                     self._is_down = True
-                    raise UnreachableError(f"{name}: {error}, also after {patience_s:g} s of trying again") from error
+                    raise UnreachableError(message) from error
                 self._warn(str(error)[:16], "%s: %s; trying again", name, error)
                 time.sleep(pause)
                 wait = min(2 * wait, _LONGEST_WAIT_S)

@@ -68,3 +68,41 @@ def test_a_refusal_in_the_middle_is_no_fault_of_the_samples(
         found.read(1)
     assert clock() == start_s
     assert fault.value.cause == faults.UNREACHABLE_SHARD
+
+
+@pytest.mark.parametrize(("password", "words"), [("s3c%72et", None), ("wr0ng", "access denied")])
+def test_a_proxy_gets_its_credentials(
+    web: Web, password: str, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", web.url.replace("http://", f"http://user:{password}@"))
+    monkeypatch.setenv("no_proxy", "")
+    web.proxy_password = "Basic dXNlcjpzM2NyZXQ="
+    if words is None:
+        check(opened("http://shards.invalid/{00000..00001}.tar"))
+        return
+    with pytest.raises(UserError, match=words) as error:
+        opened("http://shards.invalid/00000.tar")
+    assert password not in str(error.value)
+
+
+@pytest.mark.parametrize(("password", "words"), [("s3cret", "502"), ("wr0ng", "407.*the proxy's credentials")])
+def test_a_proxy_of_https_gets_its_credentials(
+    web: Web, password: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", web.url.replace("http://", f"http://user:{password}@"))
+    monkeypatch.setenv("no_proxy", "")
+    web.proxy_password = "Basic dXNlcjpzM2NyZXQ="
+    with pytest.raises(UserError, match=words) as error:
+        opened("https://shards.invalid/00000.tar", retry_s=0.0)
+    assert password not in str(error.value)
+
+
+def test_a_server_that_asks_for_more_time_than_there_is_is_given_up_at_once(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = HandClock(monkeypatch, storage)
+    start_s = clock()
+    web.fail, web.status, web.retry_after = 1, 429, "30"
+    with pytest.raises(UserError, match=r"429 .* asks to wait 30 s; tried for 0 s, and no more than 9 s are waited"):
+        opened(web.url + "/00000.tar", retry_s=9.0)
+    assert clock() == start_s
