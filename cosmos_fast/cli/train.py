@@ -187,10 +187,12 @@ def make_validators(config: TrainConfig, ranks: Ranks) -> Sequence[Validator]:
     call this."""
     if not config.evaluate.data and not config.evaluate.benchmarks:
         return []
+    from cosmos_fast.data.sources import source_named
     from cosmos_fast.evaluate.division import Division
     from cosmos_fast.evaluate.validators import build_validators
 
-    return build_validators(config, Division(ranks))
+    with source_named("evaluate.data"):
+        return build_validators(config, Division(ranks))
 
 
 def describe(config: TrainConfig) -> None:

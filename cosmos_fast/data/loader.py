@@ -52,7 +52,7 @@ def build_loader(
     source, a missing shard, a source without samples, data.loader=dali where DALI does not work.
     """
     if not config.train:
-        raise UserError("data.train is empty: name the shards, e.g. --set data.train=[{path: shards}]")
+        raise UserError("data.train is empty: name the shards, e.g. --set data.train='shards/*.tar'")
     indexes, order = open_mixture(config, seed)
     device = torch.device(device)
     with_dali = choose_loader(config.loader, device) == "dali"

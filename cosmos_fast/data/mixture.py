@@ -5,6 +5,7 @@ from __future__ import annotations
 from cosmos_fast.config import DataConfig
 from cosmos_fast.data.index import Index, open_source
 from cosmos_fast.data.order import SampleOrder, Window
+from cosmos_fast.data.sources import source_named
 from cosmos_fast.data.storage import Storage
 from cosmos_fast.utils.errors import UserError
 
@@ -15,7 +16,8 @@ _READ_AHEAD_SHARE = 1.5  # half of the pieces that are open have a successor wai
 def open_mixture(config: DataConfig, seed: int) -> tuple[list[Index], SampleOrder]:
     """(indexes, one a source; their order). UserError: see open_source() and sample_order()."""
     storage = Storage.of(config)
-    indexes = [open_source(source, storage=storage) for source in config.train]
+    with source_named("data.train"):
+        indexes = [open_source(source, storage=storage) for source in config.train]
     return indexes, sample_order(config, indexes, seed)
 
 

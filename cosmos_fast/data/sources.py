@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -13,7 +15,21 @@ from cosmos_fast.data.storage import PIPE, RemoteShard, Shard, Storage
 from cosmos_fast.data.transport import MissingError, StorageError, shown
 from cosmos_fast.utils.errors import UserError
 
+DEMO = "data/demo"  # where the demo recipes look for what `data synth` makes
 _PROBES = 32  # at a time; each waits for the network
+
+
+class MissingSourceError(UserError):
+    """A local path that is not there."""
+
+
+@contextmanager
+def source_named(key: str) -> Iterator[None]:
+    """Around the opening of the sources of one key of the configuration, which a missing path is then told with."""
+    try:
+        yield
+    except MissingSourceError as error:
+        raise MissingSourceError(f"{key}: {error}") from None
 
 
 def find_shards(path: str, storage: Storage | None = None) -> list[Shard]:
@@ -38,8 +54,14 @@ def find_shards(path: str, storage: Storage | None = None) -> list[Shard]:
         shards.extend(_shards_of(name))
     for shard in shards:
         if not shard.is_file():
-            raise UserError(f"data source {path!r}: shard {shard} is missing; check the path or the range of numbers")
+            raise MissingSourceError(f"data source {path!r}: shard {shard} is missing; {_mend(path)}")
     return list(shards)
+
+
+def _mend(path: str) -> str:
+    if path.startswith(f"{DEMO}/"):
+        return f"make it with `cosmos-fast data synth --out {DEMO}`, or check the path"
+    return "check the path or the range of numbers"
 
 
 def _remote_shards(path: str, storage: Storage) -> list[RemoteShard]:

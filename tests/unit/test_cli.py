@@ -14,7 +14,8 @@ import yaml
 
 from cosmos_fast.cli.lazy import LazyGroup
 from cosmos_fast.cli.main import command, run
-from cosmos_fast.config import dump_config, load_config
+from cosmos_fast.config import DataConfig, SourceConfig, dump_config, load_config
+from cosmos_fast.data.loader import build_loader
 from cosmos_fast.engine.estimate import activation_values, estimate
 from cosmos_fast.model import create_model
 from cosmos_fast.model.compute import apply_compute
@@ -61,8 +62,12 @@ def test_only_commands_that_exist_are_listed(capsys) -> None:
         (["--recipe", "dmo"], "did you mean 'demo'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--recipe", "demo", "--set", "lr=1"], "did you mean 'optimizer.lr'"),
-        (["--recipe", "demo", "--set", "data.train=/nowhere/x", "--set", "evaluate.data=null"], "/nowhere/x"),
-        (["--recipe", "demo", "--set", "evaluate.data=/nowhere/held"], "/nowhere/held"),
+        (
+            ["--recipe", "demo", "--set", "data.train=/nowhere/x", "--set", "evaluate.data=null"],
+            "data.train: data source '/nowhere/x'",
+        ),
+        (["--recipe", "demo", "--set", "evaluate.data=/nowhere/held"], "evaluate.data: data source '/nowhere/held'"),
+        (["--recipe", "demo"], "make it with `cosmos-fast data synth --out data/demo`"),
         (["--recipe", "demo", "--set", "data.train=[]", "--set", "evaluate.data=null"], "data.train is empty"),
         (["--recipe", "demo", "--set", "run.device=tpu"], "run.device is 'tpu'"),
         (["--recipe", "demo", "--set", "run.device=cuda:99"], "CUDA devices: use cpu"),
@@ -71,8 +76,9 @@ def test_only_commands_that_exist_are_listed(capsys) -> None:
     ],
 )
 def test_mistake_is_one_line_and_status_2_and_nothing_is_written(
-    arguments: list[str], message: str, tmp_path: Path, capfd
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch, capfd
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     out_dir = tmp_path / "runs"
     status = run(command, ["train", *arguments, "--set", f"run.out_dir={out_dir}"])
     lines = capfd.readouterr().err.splitlines()
@@ -82,6 +88,14 @@ def test_mistake_is_one_line_and_status_2_and_nothing_is_written(
     assert message in errors[0]
     assert lines[-1] == errors[0]
     assert not out_dir.exists()
+
+
+def test_the_proposed_data_source_can_be_pasted_into_a_shell() -> None:
+    with pytest.raises(UserError) as caught:
+        build_loader(DataConfig(), image_size=32, context_length=16, seed=0, batch_size=1)
+    words = shlex.split(str(caught.value).partition("e.g. ")[2])
+    assert words == ["--set", "data.train=shards/*.tar"]
+    assert load_config(get_recipe("demo"), words[1:]).data.train == (SourceConfig(path="shards/*.tar"),)
 
 
 def test_resume_from_another_directory_names_the_run_folder(tmp_path: Path, monkeypatch, capfd) -> None:
