@@ -108,10 +108,14 @@ def plan_run(
     scratch where there is none; else the path of a checkpoint folder, or of a run folder. config_file: where `config`
     was read from.
 
-    Raises UserError for a folder that already holds checkpoints without `resume` or `overwrite`, for a checkpoint that
-    is damaged or of another architecture, and where "auto" would not continue the run that `config_file` is of.
+    Raises UserError for a folder whose path is no UTF-8, for one that already holds checkpoints without `resume` or
+    `overwrite`, for a checkpoint that is damaged or of another architecture, and where "auto" would not continue the
+    run that `config_file` is of.
     """
     folder = Path(config.run.out_dir) / config.name
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):
+        # safetensors writes to such a path, and cannot open it again.
+        raise UserError(f"run folder {str(folder)!r} has bytes that are no UTF-8: choose another run.out_dir or name")
     if resume is not None and overwrite:
         raise UserError("--resume continues a run, --overwrite removes it: give one of them")
     held = checkpoint.list_checkpoints(folder / "checkpoints")

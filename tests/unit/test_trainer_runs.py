@@ -117,6 +117,11 @@ def test_resumed_run_is_bit_for_bit_the_uninterrupted_one(extra: tuple[str, ...]
         assert torch.equal(flat(getattr(whole, name)), flat(getattr(resumed, name)))
 
 
+def test_a_folder_that_safetensors_cannot_open_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"l\\udce4t.*no UTF-8: choose another run.out_dir"):
+        plan_run(tiny_config(tmp_path / "l\udce4t"))
+
+
 def test_existing_run_needs_resume_or_overwrite(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     make_trainer(config).fit()
