@@ -17,13 +17,15 @@ import ctypes
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, triton_support
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 MAX_TOKENS = 256
 MAX_ROWS = 64  # of the backward kernel; more are taken in parts
 LAYER_NORM_EPS = 1e-5
 ALIGNMENT = 8  # elements: rows begin at multiples of 16 bytes
+# sizeof(Shared) in csrc, by the tokens a tile holds: of the backward kernel; of 256 tokens the forward kernel's.
+SHARED_BYTES = {64: 69_696, 128: 104_000, 256: 160_000}
 
 
 class _Shape(ctypes.Structure):
@@ -66,7 +68,13 @@ def why_unsupported(tokens_BLD: Tensor, *_: Tensor) -> str | None:
         return f"{tokens_BLD.shape[1]} tokens, it takes at most {MAX_TOKENS}"
     if tokens_BLD.shape[2] % ALIGNMENT:
         return f"D = {tokens_BLD.shape[2]}, it takes multiples of {ALIGNMENT}"
-    return None if tokens_BLD.is_cuda else f"tokens on {tokens_BLD.device}, it needs CUDA tensors"
+    if not tokens_BLD.is_cuda:
+        return f"tokens on {tokens_BLD.device}, it needs CUDA tensors"
+    wanted = next(size for tokens, size in SHARED_BYTES.items() if tokens_BLD.shape[1] <= tokens)
+    limit = triton_support.shared_bytes(tokens_BLD.device)
+    if wanted > limit:
+        return f"{tokens_BLD.shape[1]} tokens take {wanted} bytes of shared memory, a block has {limit} on this GPU"
+    return None
 
 
 def attend(tokens_BLD: Tensor, queries_BMD: Tensor) -> tuple[Tensor, Tensor]:

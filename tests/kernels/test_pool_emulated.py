@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import NamedTuple
 
 import pytest
@@ -9,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos_kernels import pool_cuda
-from tests.kernels.emulated_library import emulated, emulated_folder, guarded, guarded_allocations  # noqa: F401
+from cosmos_kernels import pool_cuda, triton_support
+from tests.kernels.emulated_library import (
+    COMPILER,
+    CSRC,
+    emulated,  # noqa: F401
+    emulated_folder,  # noqa: F401
+    guarded,
+    guarded_allocations,
+)
 from tests.kernels.truth import assert_tensors_no_worse, error
 
 pytestmark = pytest.mark.usefixtures("emulated")
@@ -196,3 +205,39 @@ def test_bad_arguments_are_refused_in_words():
     assert "float16 or bfloat16" in pool_cuda.why_unsupported(tokens.float())
     assert "multiples of 8" in pool_cuda.why_unsupported(tokens[:, :9, :12])
     assert "needs CUDA tensors" in pool_cuda.why_unsupported(tokens[:, :9])
+
+
+def test_the_shared_memory_that_is_asked_about_is_that_of_the_kernels(tmp_path):
+    sizes = {}
+    for direction in ("forward", "backward"):
+        wrong = [
+            f"template <int> struct Size; Size<sizeof(Shared<{tokens}>)> of_{tokens};" for tokens in (64, 128, 256)
+        ]
+        source = tmp_path / f"{direction}.cpp"
+        body = "\n".join(wrong)
+        source.write_text(f'#include "pool_{direction}_cuda.cu"\nnamespace cosmos {{ namespace {{ {body} }} }}\n')
+        command = [COMPILER, "-std=c++17", "-DCOSMOS_EMULATE", "-fsyntax-only", "-I", CSRC, source]
+        told = subprocess.run(command, capture_output=True, text=True).stderr
+        found = dict.fromkeys(re.findall(r"Size<(\d+)>[^\n]*of_(\d+)", told))
+        sizes[direction] = {int(tokens): int(size) for size, tokens in found}
+    assert {
+        tokens: max(found[tokens] for found in sizes.values()) for tokens in (64, 128, 256)
+    } == pool_cuda.SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("length", "limit", "reason"),
+    [
+        (64, 101_376, None),
+        (65, 101_376, "65 tokens take 104000 bytes of shared memory, a block has 101376 on this GPU"),
+        (196, 101_376, "196 tokens take 160000 bytes of shared memory, a block has 101376 on this GPU"),
+        (196, 166_912, None),
+    ],
+)
+def test_tokens_that_do_not_fit_the_shared_memory_are_refused(length, limit, reason, monkeypatch):
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(triton_support, "shared_bytes", lambda _: limit)
+    tokens = torch.zeros(1, length, 16, dtype=HALF).as_subclass(OnGpu)
+    assert pool_cuda.why_unsupported(tokens) == reason
