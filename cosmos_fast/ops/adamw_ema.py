@@ -88,9 +88,9 @@ def adamw_ema_(
         norm = scalars[1] = grad_norm(groups["grads"], backend=backend)
     if not count:
         return norm
-    hyper = [lr, beta1, beta2, eps, ema_decay, 1.0 if isinstance(grad_scale, Tensor) else grad_scale]
+    hyper = _floats(lr, beta1, beta2, eps, ema_decay, 1.0 if isinstance(grad_scale, Tensor) else grad_scale)
     step_: Callable[..., None] = stages.step_ if _traced(groups["params"]) else stages.run_step_
-    step_(*groups.values(), *scalars, *per_tensor, hyper, clip_norm, skip_nonfinite, backend)
+    step_(*groups.values(), *scalars, *per_tensor, hyper, clip_norm and float(clip_norm), skip_nonfinite, backend)
     return norm
 
 
@@ -140,7 +140,12 @@ def _per_tensor(
         if not 0 <= position < count:
             raise ValueError(f"log_scales names tensor {position}, params has {count}")
         clamped[position] = 1
-    return steps, decays, clamped
+    return steps, _floats(*decays), clamped
+
+
+def _floats(*numbers: float) -> list[float]:
+    """Whole numbers are of another type to a compiler."""
+    return [float(number) for number in numbers]
 
 
 def _scalar(name: str, value: Tensor | float | None, params: list[Tensor]) -> Tensor | None:

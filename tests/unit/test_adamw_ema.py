@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cosmos_fast.ops import adamw_ema_stages
 from cosmos_fast.ops.adamw_ema import adamw_ema_, grad_norm
 from cosmos_kernels import native
 
@@ -174,3 +175,20 @@ def test_grad_norm_native_is_does_not_stall_on_many_small_parts():
     ones = torch.full((2**22 + 11,), 1e-3)
     want = 1e-3 * (2**22 + 11) ** 0.5
     assert abs(grad_norm([ones], backend="native").item() - want) / want < 1e-6
+
+
+def test_whole_numbers_reach_a_backend_as_floats(monkeypatch):
+    """A compiled kernel has another type for them, or takes 0 and 1 for constants."""
+    taken = []
+    monkeypatch.setattr(
+        adamw_ema_stages, "stages_for", lambda *_: lambda tensors, options: taken.append((tensors, options))
+    )
+    hyper = {"lr": 1, "beta1": 0, "beta2": 0, "eps": 1, "ema_decay": 1, "weight_decay": 1}
+    adamw_ema_(*make_lists(), step=1, **hyper, grad_scale=2, clip_norm=5, norm=torch.tensor(1.0))
+    ((tensors, options),) = taken
+    named = vars(options) if hasattr(options, "__dict__") else options._asdict()
+    numbers = {name: value for name, value in named.items() if name != "skip_nonfinite"}
+    assert {name for name, value in numbers.items() if not isinstance(value, float)} == set()
+    assert (options.lr, options.eps, options.grad_scale, options.clip_norm) == (1.0, 1.0, 2.0, 5.0)
+    assert tensors.weight_decays == [1.0] * len(SIZES)
+    assert {type(decay) for decay in tensors.weight_decays} == {float}
