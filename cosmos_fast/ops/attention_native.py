@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from cosmos_fast.ops.attention_sequences import Sequences
+from cosmos_fast.ops.first_order import first_order
 from cosmos_kernels import attention_native
 
 
@@ -31,7 +31,7 @@ class _Attention(Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse = ctx.saved_tensors
         cu_queries, cu_keys = ctx.sequences.cu_queries, ctx.sequences.cu_keys

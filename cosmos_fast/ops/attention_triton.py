@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cosmos_fast.ops.attention_sequences import Sequences
+from cosmos_fast.ops.first_order import first_order
 from cosmos_kernels import attention_parts
 
 _runs: WeakKeyDictionary[Sequences, list[attention_parts.Run]] = WeakKeyDictionary()
@@ -31,7 +31,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         runs = launches(ctx.sequences)
         grads = _kernels().backward(grad_out, *ctx.saved_tensors, *_lengths(ctx.sequences), ctx.causal, runs=runs)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cosmos_fast.ops.backends import stages_for
+from cosmos_fast.ops.first_order import first_order
 from cosmos_fast.ops.infonce_checks import OP
 from cosmos_fast.ops.infonce_ranks import Scattered
 from cosmos_fast.ops.infonce_tiled import compute_dtype
@@ -97,7 +98,10 @@ def term_statistics(
 
 
 class InfoNCE(torch.autograd.Function):
-    """Columns, scale, then any number of tensors of rows. shared: the statistics over all ranks; None: all is here."""
+    """Columns, scale, then any number of tensors of rows. shared: the statistics over all ranks; None: all is here.
+
+    Differentiable once: the gradients are no function of the features that autograd could see.
+    """
 
     @staticmethod
     def forward(
@@ -122,16 +126,19 @@ class InfoNCE(torch.autograd.Function):
             col_lse[:, :, offset + own :] = math.inf
         loss_sum = term.loss_sum + (col_lse if own == total else col_lse[:, :, offset : offset + own]).sum() / 2
         pairs = col_lse.shape[0] * col_lse.shape[1] * own
-        ctx.save_for_backward(term.columns, term.scale, col_lse, *term.row_lses, *term.rows)
+        # The inputs, of which most are the same memory, for `first_order` alone.
+        ctx.save_for_backward(b_VBD, scale, *parts, term.columns, term.scale, col_lse, *term.row_lses, *term.rows)
         ctx.offset, ctx.pairs, ctx.backend = offset, pairs, backend
         ctx.scattered = None if shared is None else shared.scattered
         ctx.dtypes = b_VBD.dtype, scale.dtype, parts[0].dtype
         return loss_sum / pairs
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        columns, scale, col_lse, *rest = ctx.saved_tensors
-        row_lses, rows = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        parts = len(ctx.needs_input_grad) - 6
+        columns, scale, col_lse, *rest = ctx.saved_tensors[2 + parts :]
+        row_lses, rows = rest[:parts], rest[parts:]
         want_columns = ctx.needs_input_grad[0]
         col_lses = col_lse.split([part.shape[0] for part in rows])
         weight = grad_loss / (2 * ctx.pairs)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos_fast.ops.first_order import first_order
 from cosmos_fast.ops.packed_rows import pack_rows, unpack_rows
 from cosmos_fast.utils.collectives import Collectives, Pending
 
@@ -41,9 +42,11 @@ class ReturningColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own_VBD: Tensor, dtype: torch.dtype, scattered: Scattered) -> Tensor:
         ctx.scattered, ctx.dtype = scattered, own_VBD.dtype
+        ctx.save_for_backward(own_VBD)  # for `first_order` alone
         return own_VBD.detach().to(dtype, copy=True)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad_VBD: Tensor) -> tuple[Tensor, None, None]:
         return ctx.scattered.finish(grad_VBD).to(ctx.dtype), None, None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cosmos_fast.ops import backends
 from cosmos_fast.ops.attention import OP, Sequences, packed_attention
-from cosmos_kernels import triton_support
+from cosmos_kernels import native, triton_support
 from tests import attention_fakes
 
 LENGTHS = [3, 5]
@@ -81,6 +81,7 @@ def test_sequences_that_are_none():
         Sequences.from_groups([(1, 2)], [(2, 2)])
 
 
+needs_native = pytest.mark.skipif(native.why_missing("cpu") is not None, reason="CPU library not built")
 needs_triton = pytest.mark.skipif(triton_support.why_missing() is not None, reason=str(triton_support.why_missing()))
 
 
@@ -110,6 +111,20 @@ def test_the_triton_kernels_have_no_second_derivative():
     (first,) = torch.autograd.grad(out.square().sum(), parts[2], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_native)]
+)
+def test_kernels_have_no_second_derivative_beside_another_term(backend):
+    """Where the gradient that comes in is a constant, and another term has a second derivative."""
+    on_gpu = backend == "triton" and not triton_support.INTERPRETED
+    device, dtype = "cuda" if on_gpu else "cpu", torch.float16 if backend == "triton" else torch.float32
+    parts = [part.to(device).requires_grad_() for part in heads(dtype=dtype)]
+    out = packed_attention(*parts, Sequences.from_lengths(LENGTHS, device=device), causal=False, backend=backend)
+    (first,) = torch.autograd.grad(out.sum() + parts[0].pow(3).sum(), parts[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), parts[0])
 
 
 @pytest.mark.parametrize("name", ["flash", "varlen", "xformers"])

@@ -223,3 +223,13 @@ def test_an_offset_outside_the_columns_is_refused(offset, columns):
     a, b = torch.randn(2, 4, 3), torch.randn(2, columns, 3)
     with pytest.raises(ValueError, match=rf"offset is {offset}, expected 0 to {columns - 4}: b_VBD has {columns} col"):
         multiview_infonce(a, b, torch.tensor(1.0), offset=offset)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["rows", "columns", "scale"])
+def test_a_second_derivative_is_refused(wanted):
+    """Beside another term it would be a wrong result: as autograd sees it, the first one is a constant."""
+    inputs = _features(2, 3, 4), _features(2, 3, 4), torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    loss = multiview_infonce(*inputs) + inputs[wanted].pow(3).sum()
+    (first,) = torch.autograd.grad(loss, inputs[wanted], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.square().sum(), inputs[wanted])
