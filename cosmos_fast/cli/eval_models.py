@@ -21,7 +21,7 @@ from cosmos_fast.evaluate.class_files import with_classes
 from cosmos_fast.evaluate.datasets.registry import open_sets, require_same
 from cosmos_fast.evaluate.datasets.sets import EvalSet
 from cosmos_fast.evaluate.division import Division
-from cosmos_fast.evaluate.encoder import InBf16
+from cosmos_fast.evaluate.encoder import in_precision
 from cosmos_fast.evaluate.protocols import with_protocol
 from cosmos_fast.evaluate.published import evaluate_set, texts_of
 from cosmos_fast.evaluate.scenes import SceneSet
@@ -126,7 +126,7 @@ def measure_one(
 ) -> dict[str, Any]:
     """Records of the tasks and benchmarks of one model, which lies on its device."""
     division = Division(ranks)
-    measured = cast(CosmosModel, InBf16(model)) if precision == "bf16" else model
+    measured = cast(CosmosModel, in_precision(model, precision))
     content: dict[str, Any] = {}
     if held.scenes is not None:
         with progress_bar(ranks.first) as bar:

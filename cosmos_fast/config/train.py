@@ -142,17 +142,20 @@ class EvaluateConfig:
     """Evaluation during training.
 
     data: sources for retrieval on held-out shards, None for none. benchmarks: names of published sets, as
-    `cosmos-fast eval sets` lists them, and their folders. batch_size: samples a forward. max_samples: evaluate the
-    first so many only; of a published set so many that are spread over it.
+    `cosmos-fast eval sets` lists them, and their folders. batch_size: samples a forward. precision: of the models'
+    matrix products, whatever run.precision is; "auto" is bf16 on GPUs that have it. max_samples: evaluate the first so
+    many only; of a published set so many that are spread over it.
     """
 
     data: tuple[SourceConfig, ...] | None = None
     benchmarks: dict[str, str] = field(default_factory=dict)
     batch_size: int = 64
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
         require_positive("evaluate", self, "batch_size")
+        require_choice("evaluate.precision", self.precision, ("fp32", "bf16", "auto"))
         if self.max_samples is not None:
             require_positive("evaluate", self, "max_samples")
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 _log = get_logger(__name__)
 
-Validator = Callable[[int, nn.Module, nn.Module], Mapping[str, float]]
-"""(step, student, teacher) -> named numbers, written as one "eval" row."""
+Validator = Callable[[int, nn.Module, nn.Module], Mapping[str, float | str]]
+"""(step, student, teacher) -> named numbers, and in words how they were measured, written as one "eval" row."""
 
 
 @dataclass(frozen=True)

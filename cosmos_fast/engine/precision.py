@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cosmos_fast.utils.bf16 import bf16_if_fast
 from cosmos_fast.utils.errors import UserError
 
 
@@ -52,7 +53,4 @@ class Precision:
 
 def resolve_precision(request: str, device: torch.device) -> Precision:
     """ "auto" is bf16 on GPUs that have it (compute capability 8 and up), fp32 elsewhere."""
-    if request == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        request = "bf16" if has_bf16 else "fp32"
-    return Precision(request, device.type)
+    return Precision(bf16_if_fast(request, device), device.type)

@@ -42,6 +42,6 @@ class Retention:
         found = {row["step"]: sign * row[name] for row in rows if isinstance(row.get(name), int | float)}
         if rows and not found and not self._has_warned:
             self._has_warned = True
-            known = ", ".join(key for key in rows[-1] if key not in ("step", "kind"))
+            known = ", ".join(key for key in rows[-1] if key not in ("step", "kind", "precision"))
             _log.warning("run.keep_best=%s keeps nothing: the evaluations have %s", self.best, known or "no numbers")
         return {step: value for step, value in found.items() if math.isfinite(value)}

@@ -64,3 +64,8 @@ class InBf16(nn.Module):
     @staticmethod
     def _features(features_BD: Tensor, normalize: bool) -> Tensor:
         return functional.normalize(features_BD.float(), dim=-1) if normalize else features_BD.float()
+
+
+def in_precision(model: Model, precision: str) -> Model:
+    """The model as it is evaluated: "bf16" by InBf16, "fp32" as it stands."""
+    return InBf16(model) if precision == "bf16" else model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from cosmos_fast.data.tokenizer import tokenize
 from cosmos_fast.evaluate.chance import retrieval_chance
 from cosmos_fast.evaluate.division import ALONE, Division
 from cosmos_fast.evaluate.during_training import BenchmarkValidator
+from cosmos_fast.evaluate.encoder import Model, in_precision
 from cosmos_fast.evaluate.retrieval import retrieval_metrics
 from cosmos_fast.evaluate.scenes import Scene, SceneSet
+from cosmos_fast.utils.bf16 import bf16_if_fast
 
-Validator = Callable[[int, nn.Module, nn.Module], dict[str, float]]
+Validator = Callable[[int, nn.Module, nn.Module], dict[str, Any]]
 KEPT = ("r1", "r5", "r10", "median_rank")
 
 
@@ -37,13 +39,13 @@ def build_validators(config: TrainConfig, division: Division = ALONE) -> list[Va
 class RetrievalValidator:
     """Callable (step, student, teacher) -> `student_i2t_r1`, ..., `teacher_t2i_median_rank`, `chance_i2t_r1`, ...
 
-    Every rank calls it, and gets the numbers of one process. Pixels (as bytes) and token ids of the rank's own batches
-    are made once and kept, so that a call only runs the two models.
+    Every rank calls it, and gets the numbers of one process; `precision` is what the models ran in. Pixels (as bytes)
+    and token ids of the rank's own batches are made once and kept, so that a call only runs the two models.
     """
 
     def __init__(self, config: TrainConfig, division: Division = ALONE) -> None:
         assert config.evaluate.data is not None
-        self.division = division
+        self.division, self.precision = division, config.evaluate.precision
         batch_size, self.image_size = config.evaluate.batch_size, config.model.vision.image_size
         self.pixels: list[Tensor] = []  # of an own block: uint8 [n, 3, size, size]
         captions: list[list[list[str]]] = []
@@ -71,10 +73,12 @@ class RetrievalValidator:
         ]
         self.chance = retrieval_chance(torch.bincount(self.owner_M).tolist())
 
-    def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, float]:
-        metrics = {f"chance_{key}": self.chance[key] for key in ("i2t_r1", "t2i_r1")}
+    def __call__(self, step: int, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:
+        precision = bf16_if_fast(self.precision, next(student.parameters()).device)
+        metrics: dict[str, Any] = {f"chance_{key}": self.chance[key] for key in ("i2t_r1", "t2i_r1")}
+        metrics["precision"] = precision
         for name, model in (("student", student), ("teacher", teacher)):
-            for key, value in self._retrieval(model).items():
+            for key, value in self._retrieval(in_precision(cast(Any, model), precision)).items():
                 if key.split("_", 1)[1] in KEPT:
                     metrics[f"{name}_{key}"] = value
         return metrics
@@ -87,15 +91,14 @@ class RetrievalValidator:
         return config.model.text.context_length
 
     @torch.no_grad()
-    def _retrieval(self, model: nn.Module) -> dict[str, float]:
-        encode: Any = model
+    def _retrieval(self, model: Model) -> dict[str, float]:
         device = next(model.parameters()).device
         with self.division.together():
             image = [
-                encode.encode_image(normalize(part.to(device))).float() if len(part) else torch.empty(0, device=device)
+                model.encode_image(normalize(part.to(device))).float() if len(part) else torch.empty(0, device=device)
                 for part in self.pixels
             ]
-            text = [encode.encode_text(part.to(device)).float() for part in self.tokens]
+            text = [model.encode_text(part.to(device)).float() for part in self.tokens]
         image_ND, text_SD = self.division.cat(image), self.division.cat(text)
         text_MD = text_SD[self.row_M.to(text_SD.device)]
         return retrieval_metrics(image_ND, text_MD, self.owner_M.to(image_ND.device))
