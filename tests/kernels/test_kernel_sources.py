@@ -45,7 +45,7 @@ def test_every_kernel_that_is_launched_is_compiled_ahead_for_three_gpus() -> Non
         assert names == launched(module), module
         for name in names:
             archs = {arch for case in cases if case.kernel.fn.__name__ == name for arch in case.archs}
-            assert archs == {80, 90, 100}, (module, name)
+            assert archs - {89} == {80, 90, 100}, (module, name)  # 89 where a GPU with little shared memory differs
 
 
 def test_no_kernel_adds_in_an_order_that_is_not_fixed_or_needs_what_the_interpreter_lacks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from cosmos_fast.data.histogram import histogram
 from cosmos_fast.data.synthetic.scene import SceneSettings
 from cosmos_fast.data.synthetic.writer import DatasetSettings, write_dataset
 from cosmos_fast.data.tokenizer import tokenize
-from cosmos_fast.utils.logging import get_logger, log_to_file, stop_logging_to
+from cosmos_fast.utils.logging import log_to_file, stop_logging_to
 from tests.shards import picture, record, sample, write_tar
 
 DEFAULTS = TrainConfig(name="defaults")
@@ -156,7 +157,7 @@ def test_a_path_with_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "/\\udcff/inspect.png" in done.stdout
     assert "/\\udcff" in (folder / "inspect.html").read_text(encoding="utf-8")
     handler = log_to_file(tmp_path / "log.txt")
-    get_logger("cosmos_fast").info("saved %s", folder)
+    handler.handle(logging.makeLogRecord({"msg": f"saved {folder}"}))
     stop_logging_to(handler)
     assert (tmp_path / "log.txt").read_text(encoding="utf-8").endswith("/\\udcff\n")
 
