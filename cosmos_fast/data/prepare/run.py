@@ -40,6 +40,7 @@ PARAMETERS = "prepare.json"
 FORMAT = "cosmos-fast-prepared/1"  # to be raised when the same input comes to give other bytes
 _PROBED_UNITS = 20  # spread over the download: the tables may be of a part of it
 _PROBED_SAMPLES = 20
+_SHARD_ASIDE = re.compile(r"[0-9]+\.tar\.tmp")  # of a unit that may have gone since
 _WRITTEN_ASIDE = re.compile(r"\..+\.(json|npy)\.[0-9a-f]{8}\.tmp")  # as utils.files names it
 Begin = Callable[[str, int], Callable[[int], None]]  # (what, how much there is) -> advance(amount)
 
@@ -153,11 +154,12 @@ def _write_missing(plans: Sequence[ShardPlan], workers: int, begin: Begin) -> No
 def _remove_leftovers(out: Path, units: Sequence[Unit]) -> None:
     """What a killed run has not finished. Other files by names like these are not its own."""
     aside = [out / f"{unit.name}.tar.tmp" for unit in units]
+    aside += [path for path in out.glob("*.tar.tmp") if _SHARD_ASIDE.fullmatch(path.name)]
     aside += [path for path in out.glob(f".{PARAMETERS}.*") if _WRITTEN_ASIDE.fullmatch(path.name)]
     aside += [path for path in (out / WORK).glob(".*") if _WRITTEN_ASIDE.fullmatch(path.name)]
     for leftover in aside:
         if leftover.is_file():
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
 
 
 def _table_reader(settings: PrepareSettings, summary: Summary) -> TableReader | None:
