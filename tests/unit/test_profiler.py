@@ -131,7 +131,7 @@ def test_every_part_of_a_step_counts_to_its_phase(tmp_path: Path, monkeypatch: p
         "encode_views": ["teacher"] * 2 * steps,
         "forward": ["student", "student", "recompute"] * steps,
         "__call__": ["loss"] * steps,
-        "gradient": ["backward"] * steps,
+        "gradient": ["backward"] * 2 * steps,  # of a scale: it takes part in the pass of each micro-batch
         "step": ["optimizer"] * steps,
     }
 
